@@ -1,0 +1,139 @@
+"""Run Python functions on Kubernetes pods, or on this machine, from one asyncio event loop.
+
+    import asyncrt
+
+    async with asyncrt.Executor() as executor:
+        squares = await executor.map(lambda number: number**2, range(100))
+
+Names are loaded when they are first used: ``import asyncrt`` costs a few milliseconds, and inside a
+call, where the client is not installed, the part that travels with the worker still works.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncrt.call import Call
+    from asyncrt.config import Config, load_config
+    from asyncrt.errors import (
+        AsyncrtError,
+        AuthenticationError,
+        CallError,
+        CallExitedError,
+        CallTimeoutError,
+        ConfigError,
+        ExecutorClosedError,
+        NestedExecutorError,
+        OutOfMemoryError,
+        ProtocolError,
+        RemoteError,
+        RunCancelledError,
+        RunDeadlineError,
+        RuntimeMismatchError,
+        SerializationError,
+        StartTimeoutError,
+        WorkerCrashedError,
+        WorkerLostError,
+        WorkerStartError,
+    )
+    from asyncrt.executor import Executor, connect
+    from asyncrt.inside import CurrentCall, current_call
+    from asyncrt.options import CallOptions, ExecutorOptions, Retry
+    from asyncrt.outcome import Failure, Success
+    from asyncrt.run import Run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Call": "call",
+    "CallOptions": "options",
+    "Config": "config",
+    "CurrentCall": "inside",
+    "Executor": "executor",
+    "ExecutorOptions": "options",
+    "Failure": "outcome",
+    "Retry": "options",
+    "Run": "run",
+    "Success": "outcome",
+    "connect": "executor",
+    "current_call": "inside",
+    "load_config": "config",
+    "AsyncrtError": "errors",
+    "AuthenticationError": "errors",
+    "CallError": "errors",
+    "CallExitedError": "errors",
+    "CallTimeoutError": "errors",
+    "ConfigError": "errors",
+    "ExecutorClosedError": "errors",
+    "NestedExecutorError": "errors",
+    "OutOfMemoryError": "errors",
+    "ProtocolError": "errors",
+    "RemoteError": "errors",
+    "RunCancelledError": "errors",
+    "RunDeadlineError": "errors",
+    "RuntimeMismatchError": "errors",
+    "SerializationError": "errors",
+    "StartTimeoutError": "errors",
+    "WorkerCrashedError": "errors",
+    "WorkerLostError": "errors",
+    "WorkerStartError": "errors",
+}
+
+__all__ = [
+    "AsyncrtError",
+    "AuthenticationError",
+    "Call",
+    "CallError",
+    "CallExitedError",
+    "CallOptions",
+    "CallTimeoutError",
+    "Config",
+    "ConfigError",
+    "CurrentCall",
+    "Executor",
+    "ExecutorClosedError",
+    "ExecutorOptions",
+    "Failure",
+    "NestedExecutorError",
+    "OutOfMemoryError",
+    "ProtocolError",
+    "RemoteError",
+    "Retry",
+    "Run",
+    "RunCancelledError",
+    "RunDeadlineError",
+    "RuntimeMismatchError",
+    "SerializationError",
+    "StartTimeoutError",
+    "Success",
+    "WorkerCrashedError",
+    "WorkerLostError",
+    "WorkerStartError",
+    "__version__",
+    "connect",
+    "current_call",
+    "load_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'asyncrt' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"asyncrt.{home}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("asyncrt."):
+            raise
+        raise ImportError(
+            f"asyncrt.{name} belongs to the client, which is not installed in this image: only "
+            "errors and current_call travel with the worker"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

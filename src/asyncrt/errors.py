@@ -1,0 +1,255 @@
+"""Every error that asyncrt raises, in one tree.
+
+A class exists only where a caller would act differently. Facts are attributes, so that code never
+parses a message, and every error survives pickle.
+
+    AsyncrtError
+    ├── ConfigError (ValueError)            a configuration file, variable or option is wrong
+    ├── ExecutorClosedError (RuntimeError)  used before it was opened or after it was closed
+    ├── NestedExecutorError (RuntimeError)  an executor was opened inside a call
+    ├── ProtocolError                       the peer broke the wire format
+    │   └── AuthenticationError             the peer does not know the pool's token
+    ├── WorkerStartError                    no worker could be started
+    │   └── StartTimeoutError (TimeoutError)  ... within ``start_timeout``
+    ├── RuntimeMismatchError                client and worker cannot exchange pickles
+    ├── RunCancelledError                   the run was cancelled before this call ended
+    ├── RunDeadlineError (TimeoutError)     the run was not done at its ``deadline``
+    └── CallError                           one call failed, the others are not touched
+        ├── CallTimeoutError (TimeoutError)   an attempt ran longer than ``timeout``
+        ├── CallExitedError                   the function raised SystemExit or another non-Exception
+        ├── OutOfMemoryError (MemoryError)    the worker's memory limit killed it
+        ├── RemoteError                       its own exception could not travel; here is its text
+        ├── SerializationError (TypeError)    a function, argument or result cannot be pickled
+        ├── WorkerCrashedError                the process died: signal, exit code
+        └── WorkerLostError                   the worker went away under it
+
+What the user's function raises is none of these: it is raised as it is, type and all.
+
+This module travels with the worker: it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _rebuild(cls: type[AsyncrtError], message: str, state: dict[str, Any]) -> AsyncrtError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class AsyncrtError(Exception):
+    """Base of all errors of asyncrt."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default cannot rebuild errors with keyword-only facts: it calls cls(*args).
+        return _rebuild, (type(self), str(self), self.__dict__)
+
+
+class ConfigError(AsyncrtError, ValueError):
+    """A configuration file, an environment variable or an option is wrong.
+
+    Attributes:
+        source: The file, variable or argument that holds the value; ``None`` if not known.
+        line: Line in the file, from 1; ``None`` outside files.
+        key: The dotted key, for example ``k8s.runtime_memory``.
+        expected: What would have been accepted.
+        suggestion: The nearest valid key, if there is one near.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        source: str | None = None,
+        line: int | None = None,
+        key: str | None = None,
+        expected: str | None = None,
+        suggestion: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.source = source
+        self.line = line
+        self.key = key
+        self.expected = expected
+        self.suggestion = suggestion
+
+
+class ExecutorClosedError(AsyncrtError, RuntimeError):
+    """The executor is not open: not yet entered, or already closed."""
+
+
+class NestedExecutorError(AsyncrtError, RuntimeError):
+    """An executor was opened inside a call. A worker has no way to start workers."""
+
+
+class ProtocolError(AsyncrtError):
+    """The peer broke the wire format. The connection is closed, the calls go on elsewhere."""
+
+
+class AuthenticationError(ProtocolError):
+    """The peer could not prove that it knows the pool's token."""
+
+
+class WorkerStartError(AsyncrtError):
+    """No worker could be started.
+
+    Attributes:
+        log_tail: The last lines that the worker wrote, if any.
+        exit_code: How it ended; ``None`` if it did not run at all.
+    """
+
+    def __init__(self, message: str, *, log_tail: str = "", exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.log_tail = log_tail
+        self.exit_code = exit_code
+
+
+class StartTimeoutError(WorkerStartError, TimeoutError):
+    """No worker was ready within ``start_timeout`` seconds."""
+
+
+class RuntimeMismatchError(AsyncrtError):
+    """Client and worker cannot exchange pickles.
+
+    Attributes:
+        client: Version here.
+        worker: Version there.
+        what: ``"Python"``, ``"cloudpickle"`` or ``"asyncrt"``.
+    """
+
+    def __init__(self, message: str, *, what: str, client: str, worker: str) -> None:
+        super().__init__(message)
+        self.what = what
+        self.client = client
+        self.worker = worker
+
+
+class RunCancelledError(AsyncrtError):
+    """The run, or this call of it, was cancelled before it ended."""
+
+
+class RunDeadlineError(AsyncrtError, TimeoutError):
+    """The run was not done at its deadline. What was done by then stays on the run."""
+
+
+class CallError(AsyncrtError):
+    """One call failed. The others are not touched.
+
+    Attributes:
+        run_id: The run; empty where it is not known.
+        index: The call's index within its run.
+        attempt: The attempt that failed, from 1.
+        worker: Name of the worker that had it; empty if none had.
+    """
+
+    def __init__(
+        self, message: str, *, run_id: str = "", index: int = 0, attempt: int = 0, worker: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.run_id = run_id
+        self.index = index
+        self.attempt = attempt
+        self.worker = worker
+
+
+class CallTimeoutError(CallError, TimeoutError):
+    """An attempt ran longer than its ``timeout`` and was killed.
+
+    Attributes:
+        timeout: The limit, seconds.
+    """
+
+    def __init__(self, message: str, *, timeout: float = 0.0, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.timeout = timeout
+
+
+class CallExitedError(CallError):
+    """The function raised something that is not an ``Exception``, such as ``SystemExit``.
+
+    Raised as it is, it would end the program that waits for the call.
+
+    Attributes:
+        type_name: Qualified name of what was raised.
+    """
+
+    def __init__(self, message: str, *, type_name: str = "", **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.type_name = type_name
+
+
+class OutOfMemoryError(CallError, MemoryError):
+    """The memory limit killed the process that ran the call.
+
+    Attributes:
+        limit_bytes: The limit; 0 if it is not known.
+        peak_bytes: The most that was seen; 0 if it is not known.
+    """
+
+    def __init__(
+        self, message: str, *, limit_bytes: int = 0, peak_bytes: int = 0, **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.limit_bytes = limit_bytes
+        self.peak_bytes = peak_bytes
+
+
+class RemoteError(CallError):
+    """The function raised an exception that cannot travel. Its facts, as text.
+
+    Attributes:
+        type_name: Qualified name of the exception's class.
+        text: Its ``str()``.
+        reason: Why it could not travel.
+    """
+
+    def __init__(
+        self, message: str, *, type_name: str = "", text: str = "", reason: str = "", **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.type_name = type_name
+        self.text = text
+        self.reason = reason
+
+
+class SerializationError(CallError, TypeError):
+    """A function, an argument or a result cannot be pickled, or cannot be loaded on the other side.
+
+    Attributes:
+        path: Where the culprit sits, for example ``args[0].session``; empty if not found.
+    """
+
+    def __init__(self, message: str, *, path: str = "", **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.path = path
+
+
+class WorkerCrashedError(CallError):
+    """The process that ran the call died.
+
+    Attributes:
+        exit_code: What it passed to ``exit``; ``None`` if a signal killed it.
+        signal: The signal's number; ``None`` if it exited by itself.
+        log_tail: The last lines that the call wrote.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        exit_code: int | None = None,
+        signal: int | None = None,
+        log_tail: str = "",
+        **facts: Any,
+    ) -> None:
+        super().__init__(message, **facts)
+        self.exit_code = exit_code
+        self.signal = signal
+        self.log_tail = log_tail
+
+
+class WorkerLostError(CallError):
+    """The worker went away under the call, more often than can be blamed on chance."""

@@ -1,0 +1,398 @@
+"""What users open, map and submit with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, Unpack, overload
+
+import anyio
+import anyio.to_thread
+
+from asyncrt.backends.local import LocalBackend
+from asyncrt.errors import ConfigError, ExecutorClosedError
+from asyncrt.options import CallOptions, ExecutorOptions, PoolSettings, Settings
+from asyncrt.pool import WorkerPool
+from asyncrt.run import Run
+from asyncrt.serialize import pack_function
+from asyncrt.sources import as_sequences
+
+if TYPE_CHECKING:
+    from asyncrt.backends.base import Backend
+    from asyncrt.call import Call
+    from asyncrt.config import Config
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+_TICK_SECONDS: Final = 0.5
+_CLOSE_SECONDS: Final = 15.0
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9]+")
+
+_Inputs = Iterable[Any] | AsyncIterable[Any]
+
+
+class Executor:
+    """Runs functions on workers, from the event loop that opened it.
+
+        async with asyncrt.Executor(max_workers=4) as executor:
+            thumbnails = await executor.map(resize, paths)
+
+    Leaving the block normally waits for what was started (input that was not pulled yet is dropped);
+    leaving it by an exception, a cancellation or Ctrl-C kills it. Either way no process is left.
+
+    Args:
+        config: A ``Config``, the path of a configuration file, or ``None`` to look for one in the
+            usual places (see ``asyncrt.config``).
+        options: See ``asyncrt.options``. They win over the environment and the file.
+
+    Raises:
+        ConfigError: An unknown option or a bad value.
+    """
+
+    def __init__(
+        self, *, config: Config | str | Path | None = None, **options: Unpack[ExecutorOptions]
+    ) -> None:
+        Settings().updated(options)  # what is wrong in itself is told before anything is opened
+        self._config = config
+        self._options: dict[str, Any] = dict(options)
+        self._settings: Settings | None = None
+        self._host: _Host | None = None
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Executor:
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._close(cancel=exc_type is not None)
+
+    async def aclose(self, *, cancel: bool = False) -> None:
+        """Close: wait for what was started, then end all workers. No-op when closed.
+
+        Args:
+            cancel: Do not wait, kill what runs.
+        """
+        await self._close(cancel=cancel)
+
+    async def _open(self) -> None:
+        if self._host is not None:
+            raise ExecutorClosedError("this executor was opened before: make a new one")
+        settings = await anyio.to_thread.run_sync(self._resolve)
+        backend = _choose_backend(settings.pool)
+        self._settings = settings
+        self._host = _Host()
+        await self._host.start()
+        if settings.pool.min_workers:
+            self._host.pool(settings.pool, backend)
+
+    def _resolve(self) -> Settings:
+        """Lay the options over environment and file. Reads files: not in the event loop."""
+        from asyncrt.config import Config, load_config  # noqa: PLC0415 - the home of yaml
+
+        config = self._config
+        if not isinstance(config, Config):
+            config = load_config(config)
+        return config.settings(self._options)
+
+    async def _close(self, *, cancel: bool) -> None:
+        host = self._host
+        if host is None or host.closed:
+            return
+        try:
+            if not cancel:
+                await host.drain()
+        finally:
+            await host.close()
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    @overload
+    def submit(
+        self, fn: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **kwargs: Any
+    ) -> Call[R]: ...
+
+    @overload
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Call[R]: ...
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Call[Any]:
+        """Start one call: ``fn(*args, **kwargs)``. Await what is returned for the result.
+
+        Every argument is the function's own; options go through ``with_options``.
+
+        Raises:
+            TypeError: Not a function that can run elsewhere.
+            SerializationError: The function cannot be pickled. (Arguments that cannot are told by the
+                call.)
+            ExecutorClosedError: The executor is not open.
+        """
+        run: Run[Any] = self._start(fn, [[(args, kwargs)]], "full", {}, {})
+        return run.calls[0]
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, R]],
+        /,
+        *iterables: _Inputs,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Run[R]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., R],
+        /,
+        *iterables: _Inputs,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Run[R]: ...
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *iterables: _Inputs,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Run[Any]:
+        """Start a call for each input. Await the run, or iterate over it.
+
+        Args:
+            fn: A plain or ``async def`` function, a lambda, a partial, a method, any callable.
+            iterables: Inputs; with several, the calls get one item of each, up to the shortest. Sized
+                ones are taken whole. Iterators and async iterables may be infinite: they are pulled as
+                results are consumed, blocking ones in a thread.
+            kwargs: Keyword arguments that all calls share; they travel once.
+            options: See ``CallOptions``.
+
+        Raises:
+            TypeError: Not a function that can run elsewhere, or not an iterable.
+            SerializationError: The function or ``kwargs`` cannot be pickled.
+            ConfigError: An unknown option or a bad value.
+            ExecutorClosedError: The executor is not open.
+        """
+        style: Literal["one", "star"] = "one" if len(iterables) == 1 else "star"
+        return self._start(fn, iterables, style, kwargs or {}, options)
+
+    def starmap(
+        self,
+        fn: Callable[..., R],
+        /,
+        iterable: _Inputs,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Run[R]:
+        """Start ``fn(*item)`` for each item of the input. Otherwise as ``map``."""
+        return self._start(fn, (iterable,), "star", kwargs or {}, options)
+
+    def with_options(self, **options: Unpack[ExecutorOptions]) -> Executor:
+        """Return a view of this executor with other options. It owns nothing and needs no closing.
+
+        It shares the workers if they are what it asks for (and then their ``max_workers``); else it
+        has its own, which end with this executor.
+
+        Raises:
+            ConfigError: An unknown option or a bad value.
+            ExecutorClosedError: The executor is not open.
+        """
+        settings, host = self._opened()
+        view = _View()
+        view._config = self._config  # noqa: SLF001
+        view._options = {**self._options, **options}
+        view._settings = settings.updated(options)
+        view._host = host
+        return view
+
+    def _opened(self) -> tuple[Settings, _Host]:
+        host, settings = self._host, self._settings
+        if host is None or settings is None:
+            raise ExecutorClosedError(
+                "this executor is not open: use 'async with', or 'await asyncrt.connect(...)'"
+            )
+        host.check()
+        return settings, host
+
+    def _start(
+        self,
+        fn: Callable[..., Any],
+        iterables: Any,
+        style: Literal["one", "star", "full"],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> Run[Any]:
+        settings, host = self._opened()
+        if options:
+            settings = settings.updated(options, only_calls=True)
+        function = pack_function(fn, kwargs)
+        sequences = as_sequences(iterables)
+        pool = host.pool(settings.pool, _choose_backend(settings.pool))
+        run: Run[Any] = Run(
+            _new_run_id(settings.call.name or function.label),
+            function,
+            style,
+            settings.call,
+            pool,
+            sequences=sequences,
+        )
+        if sequences is None:
+            run.feed_from(iterables)
+        pool.add(run)
+        run.start()
+        return run
+
+
+class _View(Executor):
+    """What ``with_options`` returns: closing it closes nothing."""
+
+    def __init__(self) -> None:
+        """Is filled by ``with_options``."""
+
+    async def _open(self) -> None:
+        self._opened()
+
+    async def _close(self, *, cancel: bool) -> None:
+        del cancel
+
+
+async def connect(
+    *, config: Config | str | Path | None = None, **options: Unpack[ExecutorOptions]
+) -> Executor:
+    """Return an open executor, for where ``async with`` does not fit, such as a notebook.
+
+    Close it with ``await executor.aclose()``, in whichever task or cell. See ``Executor``.
+    """
+    executor = Executor(config=config, **options)
+    await executor._open()  # noqa: SLF001
+    return executor
+
+
+class _Host:
+    """The one task that owns everything that runs in the background.
+
+    It is a task of its own so that an executor may be opened in one task and closed in another, and
+    so that no cancel scope of asyncrt ever lies across the user's code.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[Any, ...], WorkerPool] = {}
+        self._token = os.urandom(32)
+        self._closing = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._group: anyio.abc.TaskGroup | None = None
+        self._crash: BaseException | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or crashed."""
+        return self._closing.is_set()
+
+    async def start(self) -> None:
+        """Start the task."""
+        self._task = asyncio.create_task(self._main(), name="asyncrt host")
+        await self._ready.wait()
+
+    async def _main(self) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+                self._group = group
+                self._ready.set()
+                group.start_soon(self._tick)
+                await self._closing.wait()
+                group.cancel_scope.cancel()
+        except BaseException as error:
+            self._crash = _innermost(error)
+            raise
+        finally:
+            self._group = None
+            self._closing.set()
+
+    async def _tick(self) -> None:
+        """Let time pass for the pools. It also wakes an idle loop, so that an interrupt is noticed."""
+        while True:
+            await anyio.sleep(_TICK_SECONDS)
+            for pool in tuple(self._pools.values()):
+                pool.tick()
+
+    def check(self) -> None:
+        """Refuse use after the end.
+
+        Raises:
+            ExecutorClosedError: It was closed.
+            BaseException: What it crashed with.
+        """
+        if self._crash is not None and not isinstance(self._crash, asyncio.CancelledError):
+            raise self._crash
+        if self._group is None:
+            raise ExecutorClosedError("this executor is closed")
+
+    def pool(self, settings: PoolSettings, backend: Backend) -> WorkerPool:
+        """Return the pool of a shape; open it if there is none."""
+        self.check()
+        assert self._group is not None
+        pool = self._pools.get(settings.shape())
+        if pool is None:
+            pool = self._pools[settings.shape()] = WorkerPool(settings, backend, token=self._token)
+            self._group.start_soon(pool.run)
+        return pool
+
+    async def drain(self) -> None:
+        """Wait for the runs that were started. Input that was not pulled yet is dropped."""
+        for pool in tuple(self._pools.values()):
+            for run in pool.runs:
+                run.stop_pulling()
+        for pool in tuple(self._pools.values()):
+            for run in pool.runs:
+                await run.finished()
+
+    async def close(self) -> None:
+        """Cancel what is left and end all workers. Bounded in time; what may be left is logged."""
+        self._closing.set()
+        with anyio.CancelScope(shield=True):
+            done, _ = await asyncio.wait({self._task}, timeout=_CLOSE_SECONDS)
+        if not done:
+            logger.warning("workers may be left: closing took over %s s", _CLOSE_SECONDS)
+            self._task.cancel()
+        elif not self._task.cancelled():
+            with contextlib.suppress(BaseException):
+                self._task.result()  # a crash was, or will be, told by ``check``
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _choose_backend(settings: PoolSettings) -> Backend:
+    if not isinstance(settings.backend, str):
+        chosen: Backend = settings.backend
+        return chosen
+    if settings.backend == "local":
+        return LocalBackend()
+    raise ConfigError(
+        f"backend={settings.backend!r} is not part of this version: use backend='local'",
+        key="backend",
+        expected="'local'",
+    )
+
+
+def _new_run_id(label: str) -> str:
+    name = _UNSAFE.sub("-", label).strip("-").lower()[:40] or "run"
+    return f"{name}-{os.urandom(5).hex()}"

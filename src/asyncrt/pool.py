@@ -1,0 +1,625 @@
+"""The workers of one shape, and the runs on them: carries out what the dispatcher decides."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import random
+import sys
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+from anyio import current_time
+from anyio.abc import TaskGroup
+
+from asyncrt.backends.base import Backend, WorkerExit, WorkerPoolHandle
+from asyncrt.dispatcher import (
+    Action,
+    Cancel,
+    Chunk,
+    Dispatcher,
+    Failed,
+    Requeued,
+    Retried,
+    Revoke,
+    Send,
+)
+from asyncrt.errors import AsyncrtError, SerializationError, WorkerStartError
+from asyncrt.events import Finished, Sent, Started
+from asyncrt.events import Requeued as RequeuedEntry
+from asyncrt.link import Link
+from asyncrt.options import PoolSettings
+from asyncrt.run import Run
+from asyncrt.serialize import build_failure, load_error, pack_arguments
+from asyncrt.worker.payload import decode
+from asyncrt.worker.protocol import Buffer, Frame, Kind, byte_length
+from asyncrt.worker.records import Outcome, iterate_records
+
+logger = logging.getLogger(__name__)
+
+_Decoded = tuple[list[Any], dict[int, tuple[Exception, str]], "array[float]"]
+
+_LARGE_BYTES: Final = 1 << 20
+_HOLD_SECONDS: Final = 0.05
+_MAX_START_FAILURES: Final = 3
+_RESTART_SECONDS: Final = 0.1
+_SAY_SECONDS: Final = 5.0
+_LAST_LOG_LINES: Final = 10
+
+
+class WorkerPool:
+    """Starts workers as calls need them, sends chunks, takes outcomes home.
+
+    Everything but the tasks below ``run`` is synchronous: an event of the loop comes in, the
+    dispatcher decides, actions are carried out at once.
+    """
+
+    def __init__(self, settings: PoolSettings, backend: Backend, *, token: bytes) -> None:
+        self._settings = settings
+        self._backend = backend
+        self._token = token
+        self._dispatcher = Dispatcher(draw=_draws())
+        self._runs: dict[str, Run[Any]] = {}
+        self._functions: Counter[str] = Counter()
+        self._links: dict[str, Link] = {}
+        self._starting = 0
+        self._draining: set[str] = set()
+        self._start_failures = 0
+        self._group: TaskGroup | None = None
+        self._handle: WorkerPoolHandle | None = None
+        self._failed: BaseException | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._leaving: dict[str, Run[Any]] = {}  # ended, but workers still have calls of them
+        self._pending: deque[Action] = deque()
+        self._acting = False
+        self._said = 0.0
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the pool until cancelled. A failure of the backend ends its runs, not the executor."""
+        try:
+            async with (
+                self._backend.open_pool(self._settings, token=self._token) as handle,
+                anyio.create_task_group() as group,
+            ):
+                self._handle, self._group = handle, group
+                for run in tuple(self._runs.values()):
+                    self._start_feed(run)
+                self._scale()
+                await anyio.sleep_forever()
+        except* AsyncrtError as errors:
+            self._fail(_first(errors))
+        finally:
+            self._group = None
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._failed is None:
+                self._fail(WorkerStartError("the executor was closed"))
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = error
+        for run in tuple(self._runs.values()):
+            run.abort(error)
+            run.quiet.set()
+
+    def tick(self) -> None:
+        """Do what time brings, twice a second: end idle workers, say what runs wait for."""
+        now = current_time()
+        self._end_idle(now)
+        note = self._what_is_missing()
+        for run in self._runs.values():
+            run.note = note
+        if note and self._runs and now - self._said >= _SAY_SECONDS:
+            if self._said:
+                logger.info("%s", note)
+            self._said = now
+        elif not note:
+            self._said = 0.0
+
+    def _what_is_missing(self) -> str | None:
+        ready = sum(1 for link in self._links.values() if link.joined)
+        if ready or not self._runs:
+            return None
+        if self._starting or self._links:
+            return "waiting for a worker to be ready"
+        return "waiting for a worker to be started"
+
+    # -- runs -------------------------------------------------------------------------------------
+
+    def add(self, run: Run[Any]) -> None:
+        """Take a run; its calls are on their way when this returns.
+
+        Raises:
+            AsyncrtError: The pool could not be opened; as its other runs were told.
+        """
+        if self._failed is not None:
+            raise self._failed
+        self._runs[run.id] = run
+        self._functions[run.function.name] += 1
+        self._dispatcher.add_run(run.queue)
+        if run.settings.deadline is not None:
+            self._loop.call_at(run.settings.deadline, run.expire)
+        if self._group is not None:
+            self._start_feed(run)
+
+    def _start_feed(self, run: Run[Any]) -> None:
+        if run.feed is not None and self._group is not None:
+            self._group.start_soon(self._feed, run)
+
+    async def _feed(self, run: Run[Any]) -> None:
+        feed = run.feed
+        assert feed is not None
+        try:
+            await feed.run()
+        except Exception as error:  # noqa: BLE001 - the user's own input may raise anything
+            run.abort(error)
+        else:
+            run.input_ended()
+
+    @property
+    def runs(self) -> Sequence[Run[Any]]:
+        """The runs that have not ended."""
+        return tuple(self._runs.values())
+
+    def offer(self, run: Run[Any], count: int) -> None:
+        """Take more calls of a run. See ``RunOwner``."""
+        self._act(self._dispatcher.offer(run.queue, count, now=current_time()))
+        self._scale()
+
+    def give_up(self, run: Run[Any]) -> None:
+        """Cancel what is left of a run. See ``RunOwner``."""
+        self._act(self._dispatcher.cancel_run(run.queue, now=current_time()))
+        self._remove(run)
+        self._check_quiet(run)
+
+    def give_up_call(self, run: Run[Any], index: int) -> None:
+        """Cancel one call. See ``RunOwner``."""
+        self._act(self._dispatcher.cancel_call(run.queue, index, now=current_time()))
+
+    def forget(self, run: Run[Any]) -> None:
+        """Let go of a run that has ended. See ``RunOwner``."""
+        self._dispatcher.finish_run(run.queue)
+        self._remove(run)
+        self._check_quiet(run)
+
+    def _remove(self, run: Run[Any]) -> None:
+        if self._runs.pop(run.id, None) is not None:
+            self._functions[run.function.name] -= 1
+            if not self._functions[run.function.name]:
+                del self._functions[run.function.name]
+            if run.queue.chunks:
+                self._leaving[run.id] = run
+        if self._failed is not None or self._group is None:
+            run.quiet.set()
+
+    def _check_quiet(self, run: Run[Any]) -> None:
+        if run.queue.over and not run.queue.chunks:
+            run.quiet.set()
+            self._leaving.pop(run.id, None)
+
+    # -- workers ----------------------------------------------------------------------------------
+
+    def _max_workers(self) -> int:
+        if self._settings.max_workers is not None:
+            return self._settings.max_workers
+        return self._handle.default_max_workers if self._handle else 1
+
+    def _scale(self) -> None:
+        """Start workers if there is more to do than those that are there, or coming, can take."""
+        if self._group is None:
+            return
+        most = self._max_workers()
+        have = len(self._links) + self._starting - len(self._draining)
+        if have >= most:
+            return
+        slots = self._settings.slots
+        wanted = math.ceil(self._dispatcher.demand(most * slots) / slots)
+        for _ in range(min(most, max(wanted, self._settings.min_workers)) - have):
+            self._starting += 1
+            self._group.start_soon(self._run_worker)
+
+    def _end_idle(self, now: float) -> None:
+        timeout = self._settings.idle_timeout
+        if timeout is None:
+            return
+        spare = len(self._links) - len(self._draining) - self._settings.min_workers
+        for name, state in tuple(self._dispatcher.workers.items()):
+            if spare <= 0:
+                return
+            if name not in self._draining and not state.chunks and now - state.idle_since >= timeout:
+                self._dispatcher.drain(name)
+                self._draining.add(name)
+                self._links[name].send(Kind.DRAIN, {})
+                spare -= 1
+
+    async def _run_worker(self) -> None:
+        handle = self._handle
+        assert handle is not None
+        link: Link | None = None
+        error: WorkerStartError | None = None
+        ended: WorkerExit | None = None
+        try:
+            worker = await handle.start_worker()
+            link = Link(
+                worker,
+                self,
+                token=self._token,
+                heartbeat_interval=self._settings.heartbeat_interval,
+                start_timeout=self._settings.start_timeout,
+                schedule=self._schedule,
+            )
+            self._links[link.name] = link
+            self._starting -= 1
+            ended = await link.run()
+        except WorkerStartError as failure:
+            error = failure
+        finally:
+            if link is None:
+                self._starting -= 1
+            else:
+                self._lose(link)
+        if link is None or not link.joined:
+            await self._after_failed_start(error, ended)
+        elif ended is not None and not ended.expected:
+            logger.warning("%s was lost: %s", link.name, ended.reason)
+        self._scale()
+
+    def _lose(self, link: Link) -> None:
+        self._links.pop(link.name, None)
+        self._draining.discard(link.name)
+        self._act(self._dispatcher.worker_lost(link.name, now=current_time()))
+        for run in tuple(self._leaving.values()):
+            self._check_quiet(run)
+
+    async def _after_failed_start(
+        self, error: WorkerStartError | None, ended: WorkerExit | None
+    ) -> None:
+        """Try again in a moment; after some failures in a row tell the runs."""
+        self._start_failures += 1
+        if error is None and ended is not None:
+            error = WorkerStartError(
+                f"{ended.reason}, before it was ready\n{ended.log_tail}".strip(),
+                log_tail=ended.log_tail,
+                exit_code=ended.exit_code,
+            )
+        failure = error or WorkerStartError("no worker could be started")
+        logger.warning("a worker could not be started: %s", failure)
+        final = self._start_failures >= _MAX_START_FAILURES or isinstance(failure, TimeoutError)
+        if final and not self._dispatcher.workers:
+            for run in tuple(self._runs.values()):
+                run.abort(failure)
+            self._start_failures = 0
+        await anyio.sleep(_RESTART_SECONDS)
+
+    # -- LinkOwner --------------------------------------------------------------------------------
+
+    def on_joined(self, link: Link) -> None:
+        """Give a new worker something to do."""
+        self._start_failures = 0
+        self._act(self._dispatcher.worker_joined(link.name, link.slots, now=current_time()))
+
+    def on_resumed(self, link: Link, chunks: Sequence[int]) -> None:
+        """After a reconnection, make good what was lost on the way to the worker."""
+        known = set(chunks)
+        state = self._dispatcher.workers.get(link.name)
+        for chunk in tuple(state.chunks.values()) if state else ():
+            run = self._runs.get(chunk.run.id)
+            if chunk.id in known and run is not None:
+                link.send_function(run.function)
+            elif chunk.id in known:
+                link.send(Kind.CANCEL, {"chunk": chunk.id})
+        self._act(self._dispatcher.reconcile(link.name, chunks, now=current_time()))
+        if link.name in self._draining:
+            link.send(Kind.DRAIN, {})
+
+    def needs_function(self, name: str) -> bool:
+        """Whether a run that has not ended uses a function."""
+        return name in self._functions
+
+    def on_frame(self, link: Link, frame: Frame) -> None:
+        """Handle what a worker says."""
+        header = frame.header
+        if frame.kind == Kind.RESULT:
+            self._on_result(link, frame)
+        elif frame.kind == Kind.REVOKED:
+            chunk = self._dispatcher.chunk(link.name, header["chunk"])
+            if chunk is not None:
+                self._act(
+                    self._dispatcher.revoked(
+                        chunk, header["first"], header["count"], now=current_time()
+                    )
+                )
+                self._after_news(chunk)
+        elif frame.kind == Kind.STARTED:
+            self._on_started(link, header)
+        elif frame.kind == Kind.LOG:
+            self._on_log(header, frame.body)
+        elif frame.kind == Kind.GOODBYE:
+            logger.info("%s ends: %s", link.name, header.get("reason"))
+            if link.name in self._dispatcher.workers:
+                self._dispatcher.drain(link.name)
+                self._draining.add(link.name)
+                self._scale()
+
+    def _on_started(self, link: Link, header: dict[str, Any]) -> None:
+        chunk = self._dispatcher.chunk(link.name, header["chunk"])
+        run = self._runs.get(chunk.run.id) if chunk else None
+        if chunk is None or run is None:
+            return
+        index = chunk.indexes[header["position"]]
+        at = header["time"] + link.clock_offset
+        run.log.append(Started(at, (index,), chunk.attempt, link.name))
+
+    def _on_log(self, header: dict[str, Any], body: Buffer) -> None:
+        text = bytes(body)
+        run = self._runs.get(header["run"]) or self._leaving.get(header["run"])
+        if run is not None:
+            run.add_log(header["index"], text)
+        if self._settings.echo:
+            stream = sys.stdout if header["stream"] == "out" else sys.stderr
+            stream.write(text.decode("utf-8", "replace"))
+            stream.flush()
+
+    # -- outcomes ---------------------------------------------------------------------------------
+
+    def _on_result(self, link: Link, frame: Frame) -> None:
+        chunk = self._dispatcher.chunk(link.name, frame.header["chunk"])
+        if chunk is None:
+            return  # late news
+        if len(frame.body) > _LARGE_BYTES and self._group is not None:
+            self._group.start_soon(self._take_large, link, chunk, frame)
+        else:
+            self._take(link, chunk, frame.header["first"], self._decode(link, chunk, frame))
+
+    async def _take_large(self, link: Link, chunk: Chunk, frame: Frame) -> None:
+        """Unpickle in a thread; the loop goes on between slices of a large object."""
+        decoded = await anyio.to_thread.run_sync(self._decode, link, chunk, frame)
+        if self._dispatcher.chunk(link.name, chunk.id) is chunk:
+            self._take(link, chunk, frame.header["first"], decoded)
+
+    def _decode(self, link: Link, chunk: Chunk, frame: Frame) -> _Decoded:
+        """Load outcomes. Touches nothing but its arguments: it may run in a thread."""
+        header, body = frame.header, memoryview(frame.body)
+        values: list[Any] = []
+        errors: dict[int, tuple[Exception, str]] = {}
+        times = array("d")
+        offset = link.clock_offset
+        position: int = header["first"]
+        for started, ended, outcome, begin, end in iterate_records(body, header["count"]):
+            times.append(started + offset)
+            times.append(ended + offset)
+            value: Any = None
+            if outcome == Outcome.SUCCESS:
+                try:
+                    value = decode(body, begin, end)
+                except Exception as error:  # noqa: BLE001 - loading runs the user's own code
+                    errors[position] = _unloadable(error, self._facts(link, chunk, position)), ""
+            elif outcome == Outcome.RAISED:
+                facts = self._facts(link, chunk, position)
+                errors[position] = load_error(body[begin:end], _load, **facts)
+            else:
+                facts = self._facts(link, chunk, position)
+                errors[position] = build_failure(json.loads(bytes(body[begin:end])), **facts), ""
+            values.append(value)
+            position += 1
+        return values, errors, times
+
+    @staticmethod
+    def _facts(link: Link, chunk: Chunk, position: int) -> dict[str, Any]:
+        return {
+            "run_id": chunk.run.id,
+            "index": chunk.indexes[position],
+            "attempt": chunk.attempt,
+            "worker": link.name,
+        }
+
+    def _take(self, link: Link, chunk: Chunk, first: int, decoded: _Decoded) -> None:
+        values, errors, times = decoded
+        run = self._runs.get(chunk.run.id)
+        if run is not None:
+            for position, (error, trace) in errors.items():
+                _annotate(error, trace, run, self._facts(link, chunk, position))
+        busy = sum(times[1::2]) - sum(times[::2])
+        news, actions = self._dispatcher.finished(
+            chunk,
+            first,
+            len(values),
+            {position: error for position, (error, _) in errors.items()},
+            busy_seconds=busy,
+            now=current_time(),
+        )
+        if run is not None and (news or errors):
+            self._record(run, chunk, first, times, news, actions)
+            if isinstance(news, range):
+                if news:
+                    found = values[news.start - first : news.stop - first]
+                    run.settle_successes(chunk.indexes[news.start : news.stop], found)
+            elif news:
+                found = [values[position - first] for position in news]
+                run.settle_successes([chunk.indexes[position] for position in news], found)
+        self._act(actions)
+        self._after_news(chunk)
+
+    def _record(
+        self,
+        run: Run[Any],
+        chunk: Chunk,
+        first: int,
+        times: array[float],
+        news: list[int] | range,
+        actions: Sequence[Action],
+    ) -> None:
+        failures: dict[int, tuple[Exception, float | None]] = {}
+        for action in actions:
+            if isinstance(action, Retried) and action.run is run.queue:
+                failures[action.index] = action.error, action.delay
+            elif isinstance(action, Failed) and action.run is run.queue:
+                failures[action.index] = action.error, None
+        indexes: Sequence[int]
+        if isinstance(news, range) and not failures:
+            indexes = chunk.indexes[news.start : news.stop]
+            kept = times[2 * (news.start - first) : 2 * (news.stop - first)]
+        else:
+            settled = set(news)
+            indexes, kept = [], array("d")
+            for offset in range(len(times) // 2):
+                index = chunk.indexes[first + offset]
+                if first + offset in settled or index in failures:
+                    indexes.append(index)
+                    kept.extend(times[2 * offset : 2 * offset + 2])
+        now = current_time()
+        run.log.append(Finished(now, indexes, chunk.attempt, chunk.worker, kept, failures))
+
+    def _after_news(self, chunk: Chunk) -> None:
+        if chunk.run.id in self._leaving:
+            self._check_quiet(self._leaving[chunk.run.id])
+
+    # -- actions ----------------------------------------------------------------------------------
+
+    def _act(self, actions: list[Action]) -> None:
+        """Carry out actions. What that brings about is carried out in turn, not inside."""
+        self._pending.extend(actions)
+        if self._acting:
+            return
+        self._acting = True
+        try:
+            while self._pending:
+                self._act_once(self._pending.popleft())
+        finally:
+            self._acting = False
+        self._set_timer()
+
+    def _act_once(self, action: Action) -> None:
+        match action:
+            case Send(chunk):
+                self._send(chunk)
+            case Cancel(worker, chunk_id, positions):
+                link = self._links.get(worker)
+                if link is not None:
+                    link.send(Kind.CANCEL, {"chunk": chunk_id, "positions": positions})
+            case Revoke(worker, chunk_id):
+                link = self._links.get(worker)
+                if link is not None:
+                    link.send(Kind.REVOKE, {"chunk": chunk_id})
+            case Failed(queue, index, error, attempts):
+                run = self._runs.get(queue.id)
+                if run is not None:
+                    run.settle_failure(index, error, attempts=attempts)
+            case Requeued(queue, indexes, worker):
+                run = self._runs.get(queue.id)
+                if run is not None:
+                    run.log.append(RequeuedEntry(current_time(), indexes, worker))
+            case Retried(queue, index, error, delay):
+                logger.info(
+                    "run %s: call %s failed and is tried again in %.2f s: %r",
+                    queue.id, index, delay, error,
+                )  # fmt: skip
+
+    def _send(self, chunk: Chunk) -> None:
+        run = self._runs.get(chunk.run.id)
+        link = self._links.get(chunk.worker)
+        if run is None or link is None or chunk.run.over:
+            return
+        body: list[Buffer] = []
+        size = 0
+        failures: dict[int, Exception] = {}
+        for position, index in enumerate(chunk.indexes):
+            try:
+                segments = pack_arguments(run.arguments(index), size)
+            except SerializationError as error:
+                error.run_id, error.index = run.id, index
+                failures[position] = error
+            else:
+                body += segments
+                size += byte_length(segments)
+        if failures:
+            self._act(self._dispatcher.unsendable(chunk, failures, now=current_time()))
+            return
+        self._dispatcher.measured(chunk.run, len(chunk.indexes), size)
+        settings, indexes = run.settings, chunk.indexes
+        header: dict[str, Any] = {
+            "chunk": chunk.id,
+            "run": run.id,
+            "function": run.function.name,
+            "count": len(indexes),
+            "indexes": indexes[0] if isinstance(indexes, range) else list(indexes),
+            "attempt": chunk.attempt,
+            "style": run.style,
+        }
+        if settings.timeout is not None:
+            header["timeout"] = settings.timeout
+        if settings.chunksize == "auto":
+            header["hold"] = _HOLD_SECONDS
+        if settings.isolation == "call":
+            header["fresh"] = True
+        run.log.append(Sent(current_time(), indexes, chunk.attempt, chunk.worker))
+        link.send_calls(header, body, run.function)
+
+    def _set_timer(self) -> None:
+        """Wake when a delayed call is due."""
+        due = self._dispatcher.next_due()
+        if self._timer is not None:
+            if due is not None and self._timer.when() == due:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if due is not None and self._group is not None:
+            self._timer = self._loop.call_at(due, self._on_due)
+
+    def _on_due(self) -> None:
+        self._timer = None
+        self._act(self._dispatcher.tick(now=current_time()))
+        self._scale()
+
+    def _schedule(self, delay: float, callback: Callable[[], None]) -> object:
+        if delay:
+            return self._loop.call_later(delay, callback)
+        return self._loop.call_soon(callback)
+
+
+def _draws() -> Iterator[float]:
+    while True:
+        yield random.random()  # noqa: S311 - jitter
+
+
+def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
+    found: BaseException = errors
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def _load(packed: memoryview) -> Any:
+    return decode(packed, 0, packed.nbytes)
+
+
+def _unloadable(error: Exception, facts: dict[str, Any]) -> SerializationError:
+    failure = SerializationError(
+        f"the call succeeded, but its result cannot be loaded here: "
+        f"{type(error).__qualname__}: {error}",
+        **facts,
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def _annotate(error: Exception, trace: str, run: Run[Any], facts: dict[str, Any]) -> None:
+    """Tell in a note of the exception where it comes from: it is the user's own, type and all."""
+    lines = [
+        f"asyncrt: call {facts['index']} of run {run.id}, attempt {facts['attempt']}, "
+        f"on {facts['worker']}"
+    ]
+    if trace:
+        lines += ["", "Remote traceback:", trace.rstrip()]
+    printed = run.logs_of(facts["index"]).splitlines()[-_LAST_LOG_LINES:]
+    if printed:
+        lines += ["", f"Its last {len(printed)} lines of output:", *printed]
+    error.add_note("\n".join(lines))

@@ -1,0 +1,535 @@
+"""The calls of one ``map``, ``starmap`` or ``submit``, as users hold them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
+
+from anyio import current_time
+
+from asyncrt.call import Call
+from asyncrt.dispatcher import RunQueue
+from asyncrt.errors import RunCancelledError, RunDeadlineError
+from asyncrt.events import Cancelled, Ended, EventLog, EventStream, Queued, State, Stats
+from asyncrt.options import CallSettings
+from asyncrt.outcome import Failure, Success
+from asyncrt.serialize import PackedFunction
+from asyncrt.sources import Feed
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+DEFAULT_WINDOW: Final = 1000
+_LOG_BYTES_PER_CALL: Final = 1 << 16
+_LOG_BYTES: Final = 1 << 23
+_TRIM: Final = 1024
+
+_OPEN, _SUCCEEDED, _FAILED, _CANCELLED, _DELIVERED = range(5)
+_Style = Literal["one", "star", "full"]
+
+
+class RunOwner(Protocol):
+    """Who runs the calls of a run."""
+
+    def offer(self, run: Run[Any], count: int) -> None:
+        """More calls were taken from the input."""
+
+    def give_up(self, run: Run[Any]) -> None:
+        """Nobody wants the calls that are not settled."""
+
+    def give_up_call(self, run: Run[Any], index: int) -> None:
+        """Nobody wants one call."""
+
+    def forget(self, run: Run[Any]) -> None:
+        """All calls are settled."""
+
+
+class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
+    """The calls of one ``map``. They are on their way already.
+
+    Either await it: ``results = await run`` gives the list of all results, in input order, and may be
+    repeated. Or iterate it, once: ``async for result in run`` gives results as they come, in input
+    order unless ``ordered=False``. Doing both is an error.
+
+    The first failure is raised when it happens, as the user's own exception, and cancels what has not
+    finished; ``return_exceptions=True`` puts failures in place of results instead. Cancelling who
+    waits cancels the run; leaving ``async with run`` does, too.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        function: PackedFunction,
+        style: _Style,
+        settings: CallSettings,
+        owner: RunOwner,
+        *,
+        sequences: Sequence[Sequence[Any]] | None,
+    ) -> None:
+        self.id = run_id
+        self.function = function
+        self.style = style
+        self.settings = settings
+        self.log = EventLog()
+        self.queue = RunQueue(
+            run_id,
+            settings.retries,
+            None if settings.chunksize == "auto" else settings.chunksize,
+            settings.isolation == "call",
+        )
+        self.feed: Feed | None = None
+        self.quiet = asyncio.Event()  # no worker has any call of it
+        self._owner = owner
+        self._sequences = sequences
+        self._inputs: dict[int, Any] = {}
+        self._total = None if sequences is None else min(len(items) for items in sequences)
+        self._window = settings.max_in_flight or (DEFAULT_WINDOW if sequences is None else None)
+        self._base = 0
+        self._values: list[Any] = []
+        self._states = bytearray()
+        self._taken = 0
+        self._settled = 0
+        self._delivered = 0
+        self._next = 0
+        self._completed: deque[int] = deque()
+        self._completed_batches: deque[Sequence[int]] = deque()
+        self._mode: Literal["await", "iterate"] | None = None
+        self._state: State = "running"
+        self._error: BaseException | None = None
+        self._failures: list[Failure] = []
+        self._done = asyncio.Event()
+        self._news: set[asyncio.Future[None]] = set()
+        self._waiting_for: dict[int, set[asyncio.Future[None]]] = {}
+        self._logs: OrderedDict[int, bytearray] = OrderedDict()
+        self._log_bytes = 0
+        self.note: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id}: {self.status}>"
+
+    # -- what users ask ---------------------------------------------------------------------------
+
+    @property
+    def calls(self) -> Sequence[Call[R]]:
+        """The calls; of an input without a size, those that are not delivered yet."""
+        return _Calls(self, self._base, self._taken)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts and times so far. A live object: copy it to keep it."""
+        return self.log.stats
+
+    @property
+    def status(self) -> str:
+        """One line for people: where the run stands, and what it waits for."""
+        stats = self.log.stats
+        of = f"/{self._total}" if self._total is not None else ""
+        parts = [f"{self._state}: {stats.succeeded}{of} succeeded"]
+        for name in ("failed", "cancelled", "retried"):
+            count = getattr(stats, name)
+            if count:
+                parts.append(f"{count} {name}")
+        if self._state == "running" and self.note:
+            parts.append(self.note)
+        return ", ".join(parts)
+
+    @property
+    def state(self) -> State:
+        """Whether it goes on, and if not, how it ended."""
+        return self._state
+
+    @property
+    def failures(self) -> Sequence[Failure]:
+        """The calls that failed for good, in the order in which they did."""
+        return tuple(self._failures)
+
+    def done(self) -> bool:
+        """Whether nothing more will happen."""
+        return self._done.is_set()
+
+    def events(self) -> EventStream:
+        """Return all events from the beginning, then as they happen, until the run has ended."""
+        return EventStream(self.log)
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def __await__(self) -> Generator[Any, None, list[R]]:
+        return self._gather().__await__()
+
+    async def _gather(self) -> list[R]:
+        if self._mode == "iterate":
+            raise RuntimeError("this run is iterated: it cannot be awaited as well")
+        self._mode = "await"
+        self._update_room()
+        try:
+            await self._done.wait()
+        except asyncio.CancelledError:
+            self._end("cancelled", None)
+            raise
+        if self._error is not None:
+            raise self._error
+        return list(self._values)
+
+    def __aiter__(self) -> Run[R]:
+        self._begin_iteration()
+        return self
+
+    def _begin_iteration(self) -> None:
+        if self._mode is not None:
+            how = "awaited" if self._mode == "await" else "iterated already"
+            raise RuntimeError(f"this run is {how}: a run is iterated once")
+        self._mode = "iterate"
+
+    async def __anext__(self) -> R:
+        if self._mode != "iterate":
+            raise RuntimeError("iterate a run with 'async for'")
+        index = await self._next_settled(ordered=self.settings.ordered)
+        if index is None:
+            raise StopAsyncIteration
+        return cast("R", self._deliver(index))
+
+    async def as_completed(self) -> AsyncIterator[Call[R]]:
+        """Iterate over calls as they end, whatever ``ordered`` says. Counts as the one iteration."""
+        self._begin_iteration()
+        while (index := await self._next_settled(ordered=False)) is not None:
+            self._delivered += 1
+            yield Call(self, index)
+            self._trim(index)
+
+    async def _next_settled(self, *, ordered: bool) -> int | None:
+        """Wait for the next call to deliver; ``None`` at the end."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            index = self._next_in_order() if ordered else self._next_completed()
+            if index is not None:
+                return index
+            if self._done.is_set():
+                return None
+            news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._news.add(news)
+            try:
+                await news
+            except asyncio.CancelledError:
+                self._end("cancelled", None)
+                raise
+            finally:
+                self._news.discard(news)
+
+    def _next_in_order(self) -> int | None:
+        index = self._next
+        if index < self._taken and self._states[index - self._base] != _OPEN:
+            self._next += 1
+            return index
+        return None
+
+    def _next_completed(self) -> int | None:
+        if not self._completed and self._completed_batches:
+            self._completed.extend(self._completed_batches.popleft())
+        return self._completed.popleft() if self._completed else None
+
+    def _deliver(self, index: int) -> Any:
+        value = self._values[index - self._base]
+        self._delivered += 1
+        self._trim(index)
+        return value
+
+    def _trim(self, index: int) -> None:
+        """Let go of a delivered result of an input without a size, and pull more."""
+        if self._window is None:
+            return
+        if self._sequences is None:
+            self._states[index - self._base] = _DELIVERED
+            self._values[index - self._base] = None
+            if self._states.startswith(b"\4" * _TRIM):
+                del self._states[:_TRIM], self._values[:_TRIM]
+                self._base += _TRIM
+        self._update_room()
+
+    # -- cancelling -------------------------------------------------------------------------------
+
+    async def cancel(self) -> None:
+        """Give up what has not finished; return when no worker runs any of it. No-op at the end.
+
+        Who waits for the run gets ``RunCancelledError``.
+        """
+        self._end("cancelled", RunCancelledError(f"run {self.id} was cancelled"))
+        await self.quiet.wait()
+
+    async def __aenter__(self) -> Run[R]:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if not self._done.is_set():
+            self._end("cancelled", RunCancelledError(f"run {self.id} was left before its end"))
+        await self.quiet.wait()
+
+    async def cancel_call(self, index: int) -> None:
+        """Give up one call. See ``Call.cancel``."""
+        if self._states[index - self._base] == _OPEN and not self._done.is_set():
+            self._owner.give_up_call(self, index)
+            error = RunCancelledError(f"call {index} of run {self.id} was cancelled")
+            self.settle_failure(index, error, attempts=0, cancelled=True)
+
+    # -- single calls, for Call -------------------------------------------------------------------
+
+    async def wait_for_call(self, index: int) -> R:
+        """Return the result of one call. See ``Call``."""
+        while True:
+            state = self._state_of(index)
+            if state == _SUCCEEDED:
+                return cast("R", self._values[index - self._base])
+            if state == _FAILED:
+                raise self._values[index - self._base]
+            if state == _DELIVERED:
+                raise RuntimeError(f"the result of call {index} was delivered and is not kept")
+            if state == _CANCELLED or self._done.is_set():
+                raise RunCancelledError(f"call {index} of run {self.id} was cancelled")
+            settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiting = self._waiting_for.setdefault(index, set())
+            waiting.add(settled)
+            try:
+                await settled
+            except asyncio.CancelledError:
+                if self._total == 1:
+                    self._end("cancelled", None)
+                else:
+                    await self.cancel_call(index)
+                raise
+            finally:
+                waiting.discard(settled)
+
+    def _state_of(self, index: int) -> int:
+        return _DELIVERED if index < self._base else self._states[index - self._base]
+
+    def status_of(self, index: int) -> Literal["queued", "sent", "succeeded", "failed", "cancelled"]:
+        """Return where a call stands."""
+        state = self._state_of(index)
+        if state == _OPEN:
+            return "sent" if self._is_sent(index) else "queued"
+        if state == _FAILED:
+            return "failed"
+        return "cancelled" if state == _CANCELLED else "succeeded"
+
+    def _is_sent(self, index: int) -> bool:
+        return any(index in chunk.indexes for chunk in self.queue.chunks.values())
+
+    def attempts_of(self, index: int) -> int:
+        """Return how many attempts of a call were sent."""
+        for failure in self._failures:
+            if failure.index == index:
+                return failure.attempts
+        tried = self.queue.failures.get(index, 0) + self.queue.losses.get(index, 0)
+        ended = self._state_of(index) in (_SUCCEEDED, _DELIVERED)
+        return tried + 1 if ended or self._is_sent(index) else tried
+
+    def outcome_of(self, index: int) -> Success[R] | Failure | None:
+        """Return how a call ended."""
+        state = self._state_of(index)
+        if state == _SUCCEEDED:
+            return Success(self._values[index - self._base])
+        if state == _FAILED:
+            return next(failure for failure in self._failures if failure.index == index)
+        return None
+
+    def logs_of(self, index: int) -> str:
+        """Return what a call printed."""
+        return self._logs.get(index, b"").decode("utf-8", "replace")
+
+    # -- what the pool tells ----------------------------------------------------------------------
+
+    def feed_from(self, iterables: Sequence[Any]) -> None:
+        """Get ready to pull from inputs without a size."""
+        self.feed = Feed(iterables, room=self._window or DEFAULT_WINDOW, take=self.take)
+
+    def start(self) -> None:
+        """Take the calls of sized inputs."""
+        if self._total is None:
+            return
+        self.queue.total = self._total
+        self._values = [None] * self._total
+        self._states = bytearray(self._total)
+        if self._total == 0:
+            self._end("succeeded", None)
+            return
+        self._update_room()
+
+    def take(self, batch: list[Any]) -> None:
+        """Take arguments from an input without a size."""
+        first = self._taken
+        for offset, item in enumerate(batch):
+            self._inputs[first + offset] = item
+        self._values += [None] * len(batch)
+        self._states += bytes(len(batch))
+        self._admit(len(batch))
+
+    def input_ended(self) -> None:
+        """Learn that there are no more arguments."""
+        if self._total is None:
+            self._total = self.queue.total = self._taken
+            self._finish_if_settled()
+
+    def arguments(self, index: int) -> Any:
+        """Return the arguments of a call: one value, or a tuple, as ``style`` says."""
+        if self._sequences is None:
+            return self._inputs[index]
+        if len(self._sequences) == 1:
+            return self._sequences[0][index]
+        return tuple(items[index] for items in self._sequences)
+
+    def _admit(self, count: int) -> None:
+        first = self._taken
+        self._taken += count
+        self.log.append(Queued(current_time(), range(first, self._taken)))
+        self._owner.offer(self, count)
+
+    def _update_room(self) -> None:
+        """Let more calls in as results are delivered (or, awaited, as they end)."""
+        if self._window is None:
+            room = (self._total or 0) - self._taken
+        else:
+            out = self._settled if self._mode == "await" else self._delivered
+            room = self._window - (self._taken - out)
+        if self._done.is_set():
+            return
+        if self._sequences is None:
+            if self.feed is not None:
+                self.feed.set_room(room)
+        elif self._total is not None and self._taken < self._total and room > 0:
+            self._admit(min(room, self._total - self._taken))
+
+    def settle_successes(self, indexes: Sequence[int], values: list[Any]) -> None:
+        """Record results."""
+        if self._done.is_set():
+            return
+        base = self._base
+        if isinstance(indexes, range):
+            start, end = indexes.start - base, indexes.stop - base
+            self._values[start:end] = values
+            self._states[start:end] = b"\1" * len(values)
+        else:
+            for index, value in zip(indexes, values, strict=True):
+                self._values[index - base] = value
+                self._states[index - base] = _SUCCEEDED
+        self._after_settling(indexes)
+
+    def settle_failure(
+        self, index: int, error: Exception, *, attempts: int, cancelled: bool = False
+    ) -> None:
+        """Record that a call failed for good."""
+        if self._done.is_set():
+            return
+        self._values[index - self._base] = error
+        self._states[index - self._base] = _FAILED
+        self._failures.append(Failure(index, error, attempts))
+        if cancelled:
+            self.log.append(Cancelled(current_time(), (index,)))
+        self._after_settling((index,))
+        if not self.settings.return_exceptions:
+            self._end("failed", error)
+
+    def _after_settling(self, indexes: Sequence[int]) -> None:
+        self._settled += len(indexes)
+        if self._inputs:
+            for index in indexes:
+                self._inputs.pop(index, None)
+        if self._mode != "await":
+            self._completed_batches.append(indexes)
+        if self._waiting_for:
+            for index in indexes:
+                _wake(self._waiting_for.pop(index, ()))
+        if self._news:
+            _wake(self._news)
+        if self._window is not None and self._mode == "await":
+            self._update_room()
+        self._finish_if_settled()
+
+    def _finish_if_settled(self) -> None:
+        if self._settled == self._total and self.settings.return_exceptions | (not self._failures):
+            self._end("succeeded", None)
+
+    def abort(self, error: BaseException) -> None:
+        """End the run with an error that is no call's: of its input, of the workers."""
+        self._end("failed", error)
+
+    def expire(self) -> None:
+        """End the run since its deadline has passed."""
+        self._end("failed", RunDeadlineError(f"run {self.id} was not done at its deadline"))
+
+    def stop_pulling(self) -> None:
+        """Take nothing more from an input without a size; what was taken goes on."""
+        if self.feed is not None:
+            self.feed.stop()
+
+    async def finished(self) -> None:
+        """Wait for the end, however it ends."""
+        await self._done.wait()
+
+    def _end(self, state: State, error: BaseException | None) -> None:
+        if self._done.is_set():
+            return
+        self._state = state
+        self._error = error
+        self._done.set()
+        self.stop_pulling()
+        now = current_time()
+        if self._settled < self._taken:
+            left = [
+                self._base + position
+                for position, known in enumerate(self._states[: self._taken - self._base])
+                if known == _OPEN
+            ]
+            for index in left:
+                self._states[index - self._base] = _CANCELLED
+            self.log.append(Cancelled(now, left))
+            self._owner.give_up(self)
+        else:
+            self._owner.forget(self)
+        self._inputs.clear()
+        if state != "cancelled" or error is not None:
+            logger.debug("run %s %s: %s", self.id, state, error)
+        self.log.append(Ended(now, (), state, error))
+        _wake(self._news)
+        for waiting in self._waiting_for.values():
+            _wake(waiting)
+        self._waiting_for.clear()
+
+    def add_log(self, index: int, text: bytes) -> None:
+        """Keep what a call printed: the last 64 KiB of each, 8 MiB in all."""
+        kept = self._logs.setdefault(index, bytearray())
+        self._logs.move_to_end(index)
+        self._log_bytes -= len(kept)
+        kept += text
+        del kept[:-_LOG_BYTES_PER_CALL]
+        self._log_bytes += len(kept)
+        while self._log_bytes > _LOG_BYTES:
+            self._log_bytes -= len(self._logs.popitem(last=False)[1])
+
+
+def _wake(waiting: Any) -> None:
+    for future in waiting:
+        if not future.done():
+            future.set_result(None)
+
+
+class _Calls(Sequence[Call[R]], Generic[R]):
+    """The calls of a run, made when they are asked for."""
+
+    def __init__(self, run: Run[R], start: int, end: int) -> None:
+        self._run = run
+        self._indexes = range(start, end)
+
+    def __len__(self) -> int:
+        return len(self._indexes)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return [Call(self._run, index) for index in self._indexes[position]]
+        return Call(self._run, self._indexes[position])
+
+    def __iter__(self) -> Iterator[Call[R]]:
+        return (Call(self._run, index) for index in self._indexes)

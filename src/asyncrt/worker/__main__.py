@@ -1,0 +1,67 @@
+"""Entry of the zipapp.
+
+``worker.pyz serve FILE`` serves with the settings in a file (``-``: the first line of standard
+input). ``worker.pyz child ...`` is how a server starts children where fork is unsafe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+
+
+def serve(source: str) -> int:
+    """Be a worker until told to end, or until no client comes any more; return the exit code."""
+    from asyncrt.worker.parent import Parent  # noqa: PLC0415 - a child needs none of it
+    from asyncrt.worker.settings import WorkerSettings  # noqa: PLC0415
+
+    if source == "-":
+        settings = WorkerSettings.from_json(_read_line(0))
+    else:
+        with open(source, "rb") as file:
+            settings = WorkerSettings.from_json(file.read())
+    lifeline = os.dup(0) if settings.lifeline else None
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.path[1:] = settings.sys_path or sys.path[1:]
+    if settings.listen_fd >= 0:
+        listener = socket.socket(fileno=settings.listen_fd)
+        os.set_inheritable(settings.listen_fd, False)
+    else:
+        listener = socket.create_server(("127.0.0.1", settings.listen_port))
+    try:
+        return Parent(settings, listener).run(lifeline=lifeline)
+    finally:
+        for path in settings.remove:
+            with contextlib.suppress(OSError):
+                if os.path.isdir(path):
+                    os.rmdir(path)  # the last worker of a pool succeeds
+                else:
+                    os.unlink(path)
+
+
+def _read_line(fd: int) -> bytes:
+    """Read up to a newline and not a byte further, unlike ``sys.stdin``."""
+    line = bytearray()
+    while (byte := os.read(fd, 1)) not in (b"\n", b""):
+        line += byte
+    return bytes(line)
+
+
+def child(arguments: list[str]) -> None:
+    """Run calls in this freshly executed process."""
+    from asyncrt.worker.server import run_child_on  # noqa: PLC0415 - see serve
+
+    control, tokens, board = (int(number) for number in arguments[:3])
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        run_child_on(control, tokens, board, arguments[3], {})
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "child":
+        child(sys.argv[2:])
+    else:
+        sys.exit(serve(sys.argv[2]))

@@ -1,0 +1,602 @@
+"""The worker's parent process: connection, slots, timers. One thread, one ``select``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from asyncrt.errors import ProtocolError
+from asyncrt.worker.channel import Channel
+from asyncrt.worker.connection import Connection
+from asyncrt.worker.memory import MemoryWatch
+from asyncrt.worker.protocol import Buffer, Frame, Kind
+from asyncrt.worker.server import run_server
+from asyncrt.worker.settings import WorkerSettings
+from asyncrt.worker.slot import LOOK_SECONDS, Chunk, Slot, Verdict, explain_exit
+from asyncrt.worker.tokens import MAX_CALLS
+
+EXIT_SERVER_LOST: Final = 70  # EX_SOFTWARE of sysexits.h
+_GRACE_SECONDS: Final = 5.0  # for running calls after SIGTERM
+_LAST_WRITE_SECONDS: Final = 0.5
+_SERVER_END_SECONDS: Final = 2.0
+_LOG_BACKLOG_BYTES: Final = 1 << 20
+_REMEMBERED_CANCELS: Final = 1024
+
+
+class _ServerProcess:
+    """A server, or a template that serves in its place and has a function loaded."""
+
+    def __init__(self, channel: Channel, pid: int, function: str | None = None) -> None:
+        self.channel = channel
+        self.pid = pid
+        self.function = function
+        self.ready = False
+
+
+class Parent:
+    """Serves one client at a time until told to end, or until nobody comes any more."""
+
+    def __init__(self, settings: WorkerSettings, listener: socket.socket) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._selector = selectors.DefaultSelector()
+        self._client: Connection | None = None
+        self._strangers: set[Connection] = set()
+        self._memory = MemoryWatch(settings.memory_bytes, enforced=settings.memory_enforced)
+        self._queue: deque[Chunk] = deque()
+        self._functions: dict[str, Buffer] = {}
+        self._cancelled_early: OrderedDict[int, Any] = OrderedDict()
+        self._unacknowledged: OrderedDict[int, tuple[int, dict[str, Any], list[Buffer]]]
+        self._unacknowledged = OrderedDict()
+        self._sequence = 0
+        self._logs: deque[tuple[dict[str, Any], bytes]] = deque()
+        self._log_bytes = 0
+        self._slots = [
+            Slot(number, deliver=self._deliver, give_back=self._give_back, log=self._log)
+            for number in range(settings.slots)
+        ]
+        self._template: _ServerProcess | None = None
+        self._tried: set[str] = set()  # functions that a template was made for
+        self._ending: str | None = None
+        self._terminated = False
+        self._exit_code = 0
+        self._end_at = float("inf")
+        self._now = time.monotonic()
+        self._last_client = self._now
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def run(self, *, lifeline: int | None = None) -> int:
+        """Serve; return the exit code of the process.
+
+        Args:
+            lifeline: A descriptor whose end means that the client's process is gone for good.
+        """
+        self._server = self._start_server(lifeline)
+        wakeup_read, wakeup_write = os.pipe()
+        os.set_blocking(wakeup_write, False)
+        signal.set_wakeup_fd(wakeup_write)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the client's matter
+        self._listener.setblocking(False)
+        self._watch(self._listener, self._accept)
+        self._watch(wakeup_read, lambda: os.read(wakeup_read, 512))
+        self._watch(self._server.channel, lambda: self._on_server(self._server))
+        if lifeline is not None:
+            self._watch(lifeline, lambda: self._on_lifeline(lifeline))
+        for slot in self._slots:
+            self._spawn(slot)
+        try:
+            while self._ending != "quit":
+                self._serve_once()
+        finally:
+            self._shut_down()
+        return self._exit_code
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._terminated = True
+
+    def _serve_once(self) -> None:
+        self._flush()
+        for key, mask in self._selector.select(self._seconds_to_wait()):
+            self._now = time.monotonic()
+            if mask & selectors.EVENT_READ and key.fileobj in self._selector.get_map():
+                key.data()
+        self._now = time.monotonic()
+        if self._terminated:
+            self._terminate()
+        self._look_at_slots()
+        self._check_connection()
+        self._dispatch()
+        if self._ending and self._is_done():
+            self._ending = "quit"
+
+    def _watch(self, fileobj: Any, handler: Callable[[], Any]) -> None:
+        self._selector.register(fileobj, selectors.EVENT_READ, handler)
+
+    def _unwatch(self, fileobj: Any) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(fileobj)
+
+    def _flush(self) -> None:
+        for target in (self._client, *self._strangers, *(slot.channel for slot in self._slots)):
+            if target is None or target.fileno() < 0:
+                continue
+            if target.unsent:
+                try:
+                    target.flush()
+                except OSError:
+                    if isinstance(target, Connection):
+                        self._drop(target)
+                    continue
+            self._set_writing(target, wanted=target.unsent)
+
+    def _set_writing(self, target: Any, *, wanted: bool) -> None:
+        try:
+            key = self._selector.get_key(target)
+        except KeyError:
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wanted else 0)
+        if key.events != events:
+            self._selector.modify(target, events, key.data)
+
+    def _seconds_to_wait(self) -> float:
+        waits = [self._settings.heartbeat_interval, self._end_at - self._now]
+        if self._client is None:
+            waits.append(self._last_client + self._settings.orphan_timeout - self._now)
+        for slot in self._slots:
+            if slot.chunk is not None:
+                waits.append(slot.chunk.look_at - self._now)
+                if self._memory.must_poll:
+                    waits.append(LOOK_SECONDS)
+        return max(0.0, min(waits))
+
+    # -- the client -------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        connection = Connection(sock, self._settings.token, now=self._now)
+        self._strangers.add(connection)
+        self._watch(connection, lambda: self._on_readable(connection))
+
+    def _on_readable(self, connection: Connection) -> None:
+        try:
+            frames = connection.receive(now=self._now)
+            if frames is None:
+                self._drop(connection)
+                return
+            for frame in frames:
+                if connection.authenticated:
+                    self._handle(frame)
+                else:
+                    connection.authenticate(frame, self._facts())
+                    self._adopt(connection)
+        except (ProtocolError, KeyError, TypeError, ValueError, IndexError) as error:
+            # Whatever is wrong with a frame, it is the peer's fault: drop it, it may come again.
+            self._complain(error)
+            self._drop(connection)
+
+    def _complain(self, error: Exception) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"asyncrt worker: dropped a connection: {error!r}\n".encode())
+
+    def _adopt(self, connection: Connection) -> None:
+        """Make a connection that met the challenge the client's; an older one is dead or will be."""
+        self._strangers.discard(connection)
+        if self._client is not None:
+            self._drop(self._client)
+        self._client = connection
+
+    def _drop(self, connection: Connection) -> None:
+        self._unwatch(connection)
+        self._strangers.discard(connection)
+        connection.close()
+        if connection is self._client:
+            self._client = None
+            self._last_client = self._now
+
+    def _check_connection(self) -> None:
+        silence = 3 * self._settings.heartbeat_interval
+        for connection in (self._client, *tuple(self._strangers)):
+            if connection is not None and self._now - connection.last_heard > silence:
+                self._drop(connection)
+        if self._client is None:
+            if self._now - self._last_client > self._settings.orphan_timeout:
+                self._ending = "quit"
+        if self._now >= self._end_at:
+            self._ending = "quit"
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "python": ".".join(str(part) for part in sys.version_info[:3]),
+            "asyncrt": self._settings.asyncrt_version,
+            "cloudpickle": self._settings.cloudpickle_version,
+            "slots": len(self._slots),
+            "pid": os.getpid(),
+            "time": time.monotonic(),
+        }
+
+    def _handle(self, frame: Frame) -> None:
+        header = frame.header
+        if frame.kind == Kind.CALLS:
+            self._on_calls(Chunk(header, frame.body))
+        elif frame.kind == Kind.FUNCTION:
+            self._on_function(header, frame.body)
+        elif frame.kind == Kind.ACKNOWLEDGE:
+            self._acknowledge(header["sequence"])
+        elif frame.kind == Kind.CANCEL:
+            self._cancel(header["chunk"], header.get("positions"))
+        elif frame.kind == Kind.REVOKE:
+            self._revoke(header.get("chunk"))
+        elif frame.kind == Kind.HEARTBEAT:
+            self._send(Kind.HEARTBEAT, {"time": time.monotonic(), "echo": header.get("time")})
+        elif frame.kind == Kind.RESUME:
+            self._resume(header)
+        elif frame.kind == Kind.DRAIN:
+            self._ending = self._ending or "drain"
+        elif frame.kind == Kind.QUIT:
+            self._ending = "quit"
+
+    def _resume(self, header: dict[str, Any]) -> None:
+        """Tell what this worker has; send again what was not received."""
+        self._acknowledge(header["sequence"])
+        known = [chunk.id for chunk in self._queue]
+        known += [slot.chunk.id for slot in self._slots if slot.chunk is not None]
+        known += [report[1]["chunk"] for report in self._unacknowledged.values()]
+        functions = list(self._functions)
+        self._send(Kind.RESUME, {"chunks": known, "functions": functions})
+        for kind, again, body in self._unacknowledged.values():
+            self._send(kind, again, body)
+        for note, text in self._logs:
+            self._send(Kind.LOG, note, [text])
+        self._logs.clear()
+        self._log_bytes = 0
+
+    def _send(self, kind: int, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
+        if self._client is not None:
+            self._client.send(kind, header, body)
+
+    def _acknowledge(self, sequence: int) -> None:
+        while self._unacknowledged:
+            oldest = next(iter(self._unacknowledged))
+            if oldest > sequence:
+                return
+            del self._unacknowledged[oldest]
+
+    def _report(self, kind: int, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
+        """Send what the client must learn, and keep it until the client has acknowledged it."""
+        self._sequence += 1
+        header["sequence"] = self._sequence
+        self._unacknowledged[self._sequence] = kind, header, list(body)
+        self._send(kind, header, body)
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def _on_function(self, header: dict[str, Any], body: Buffer) -> None:
+        self._functions[header["function"]] = body
+        for name in header.get("forget", ()):
+            self._functions.pop(name, None)
+            for slot in self._slots:
+                slot.forget(name)
+
+    def _on_calls(self, chunk: Chunk) -> None:
+        if not 0 < chunk.count <= MAX_CALLS:
+            raise ProtocolError(f"a chunk of {chunk.count} calls")
+        if chunk.id in self._cancelled_early or self._ending:
+            self._cancelled_early.pop(chunk.id, None)
+            self._give_back(chunk, 0, chunk.count)
+            return
+        if "acknowledge" in chunk.header:
+            self._acknowledge(chunk.header["acknowledge"])
+        self._queue.append(chunk)
+
+    def _dispatch(self) -> None:
+        if not self._queue:
+            return
+        for slot in self._slots:
+            if slot.ready:
+                chunk = self._next_chunk()
+                if chunk is None:
+                    return
+                try:
+                    slot.begin(chunk, self._functions[chunk.function], now=self._now)
+                except OSError:
+                    pass  # it has just died: its exit, which is on its way, settles the chunk
+
+    def _next_chunk(self) -> Chunk | None:
+        """Take the first chunk whose function has arrived."""
+        for position, chunk in enumerate(self._queue):
+            if chunk.function in self._functions:
+                del self._queue[position]
+                return chunk
+        return None
+
+    def _deliver(
+        self, chunk: Chunk, first: int, count: int, records: Sequence[Buffer], done: bool
+    ) -> None:
+        if not count and not done:
+            return
+        header = {"chunk": chunk.id, "first": first, "count": count, "done": done}
+        self._report(Kind.RESULT, header, records)
+
+    def _give_back(self, chunk: Chunk, first: int, count: int) -> None:
+        self._report(Kind.REVOKED, {"chunk": chunk.id, "first": first, "count": count})
+
+    def _cancel(self, chunk_id: int, positions: list[int] | None) -> None:
+        for chunk in self._queue:
+            if chunk.id == chunk_id:
+                self._queue.remove(chunk)
+                self._give_back(chunk, 0, chunk.count)
+                return
+        for slot in self._slots:
+            if slot.chunk is not None and slot.chunk.id == chunk_id:
+                slot.take_back()
+                running = slot.running()
+                if running is not None and (positions is None or running[0] in positions):
+                    self._condemn(slot, Verdict("RunCancelledError", "the call was cancelled"))
+                return
+        self._cancelled_early[chunk_id] = positions
+        if len(self._cancelled_early) > _REMEMBERED_CANCELS:
+            self._cancelled_early.popitem(last=False)
+
+    def _revoke(self, chunk_id: int | None) -> None:
+        for chunk in tuple(self._queue):
+            if chunk_id is None or chunk.id == chunk_id:
+                self._queue.remove(chunk)
+                self._give_back(chunk, 0, chunk.count)
+        for slot in self._slots:
+            if slot.chunk is not None and chunk_id in (None, slot.chunk.id):
+                slot.take_back()
+
+    # -- slots ------------------------------------------------------------------------------------
+
+    def _look_at_slots(self) -> None:
+        for slot in self._slots:
+            chunk = slot.chunk
+            if chunk is None:
+                if slot.ready and self._wants_fresh(slot):
+                    with contextlib.suppress(OSError):
+                        slot.retire()
+                continue
+            if self._now >= chunk.look_at:
+                chunk.look_at = self._look_at(slot, chunk)
+            if self._memory.must_poll and self._memory.over_limit(slot.pid):
+                self._condemn(slot, self._memory_verdict(slot))
+
+    def _look_at(self, slot: Slot, chunk: Chunk) -> float:
+        """Do what is due for a chunk that runs on; return when to look again."""
+        slot.read_board()
+        running = slot.running()
+        if slot.chunk is not chunk or running is None:
+            return self._now + LOOK_SECONDS
+        position, started = running
+        ran = self._now - started
+        if not chunk.announced and ran > 0:
+            chunk.announced = True
+            self._send(Kind.STARTED, {"chunk": chunk.id, "position": position, "time": started})
+        look_at = float("inf")
+        if chunk.timeout is not None:
+            if ran >= chunk.timeout:
+                verdict = Verdict(
+                    "CallTimeoutError",
+                    f"the attempt ran longer than timeout={chunk.timeout:g} s and was killed",
+                    timeout=chunk.timeout,
+                )
+                self._condemn(slot, verdict)
+            look_at = max(started + chunk.timeout, self._now + 0.001)
+        if chunk.hold is not None and ran >= chunk.hold:
+            self._release(slot)
+        if chunk.end - chunk.delivered > 1 or not chunk.announced or self._queue:
+            look_at = min(look_at, self._now + LOOK_SECONDS)
+        return look_at
+
+    def _release(self, slot: Slot) -> None:
+        """Give back calls that were thought to be short, and wait behind one that is not."""
+        slot.take_back()
+        if any(other.ready for other in self._slots):
+            return
+        for waiting in tuple(self._queue):
+            if waiting.hold is not None:
+                self._queue.remove(waiting)
+                self._give_back(waiting, 0, waiting.count)
+
+    def _condemn(self, slot: Slot, verdict: Verdict) -> None:
+        with contextlib.suppress(OSError):  # the server is gone, and the child with it
+            slot.condemn(verdict)
+
+    def _memory_verdict(self, slot: Slot) -> Verdict:
+        limit = self._memory.limit_bytes or 0
+        size = f" ({limit / 2**20:.0f} MiB)" if limit else ""
+        return Verdict(
+            "OutOfMemoryError",
+            f"the call needed more memory than the worker has{size}",
+            limit_bytes=limit,
+            peak_bytes=max(slot.peak_bytes, self._memory.peak_bytes()),
+        )
+
+    def _wants_fresh(self, slot: Slot) -> bool:
+        limit = self._settings.recycle_bytes
+        return slot.fresh_wanted or (limit is not None and slot.held_bytes > limit)
+
+    def _spawn(self, slot: Slot) -> None:
+        server = self._choose_server(slot)
+        try:
+            slot.spawn(server.channel)
+        except OSError:
+            slot.close()  # that the server is gone is noticed where its channel is read
+            return
+        for fileobj, name in slot.descriptors():
+            if name == "channel":
+                self._watch(fileobj, lambda: self._on_child(slot))
+            else:
+                self._watch(fileobj, lambda fd=fileobj, name=name: self._on_log(slot, fd, name))
+
+    def _on_child(self, slot: Slot) -> None:
+        if not slot.receive():
+            self._unwatch(slot.channel)  # it has ended; the server tells how
+
+    def _on_log(self, slot: Slot, fd: int, name: str) -> None:
+        if not slot.read_log(fd, name):
+            self._unwatch(fd)
+
+    def _on_exit(self, child: list[int], code: int) -> None:
+        slot = self._slots[child[0]]
+        if slot.generation != child[1]:
+            return
+
+        def explain(code: int) -> Verdict:
+            if code == -signal.SIGKILL and self._memory.killed_since_last_asked():
+                return self._memory_verdict(slot)
+            return explain_exit(code, slot.tail)
+
+        for fileobj, _ in slot.descriptors():
+            self._unwatch(fileobj)
+        slot.on_exit(code, explain)
+        self._spawn(slot)
+
+    def _log(self, chunk: Chunk | None, index: int, name: str, text: bytes) -> None:
+        if self._settings.echo:
+            with contextlib.suppress(OSError):
+                os.write(1 if name == "out" else 2, text)
+        run = chunk.header["run"] if chunk is not None and index >= 0 else None
+        note = {"stream": name, "index": index, "run": run}
+        if self._client is not None:
+            self._send(Kind.LOG, note, [text])
+            return
+        self._logs.append((note, text))
+        self._log_bytes += len(text)
+        while self._log_bytes > _LOG_BACKLOG_BYTES:
+            self._log_bytes -= len(self._logs.popleft()[1])
+
+    # -- servers ----------------------------------------------------------------------------------
+
+    def _start_server(self, lifeline: int | None) -> _ServerProcess:
+        mine, its = socket.socketpair()
+        pid = os.fork()
+        if pid:
+            its.close()
+            return _ServerProcess(Channel(mine), pid)
+        status = 1
+        try:
+            mine.close()
+            self._listener.close()
+            if lifeline is not None:
+                os.close(lifeline)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            run_server(its, spawn=self._settings.spawn)
+            status = 0
+        finally:
+            os._exit(status)
+
+    def _choose_server(self, slot: Slot) -> _ServerProcess:
+        """Return who forks the next child of a slot: a template that has its function, if any."""
+        wanted = slot.last_function
+        template = self._template
+        if template is not None and template.ready and wanted == template.function:
+            return template
+        if wanted in self._functions and wanted not in self._tried and self._settings.spawn == "fork":
+            self._start_template(str(wanted))
+        return self._server
+
+    def _start_template(self, function: str) -> None:
+        """Let a copy of the server load a function, for the children that come after."""
+        if self._template is not None:
+            if any(slot.server is self._template.channel for slot in self._slots):
+                return  # its children would die with it
+            self._close_server(self._template)
+        self._tried.add(function)
+        mine, its = socket.socketpair()
+        with its, contextlib.suppress(OSError):
+            self._server.channel.send(
+                Kind.TEMPLATE, {"function": function}, [self._functions[function]], [its.fileno()]
+            )
+        template = self._template = _ServerProcess(Channel(mine), 0, function)
+        self._watch(template.channel, lambda: self._on_server(template))
+
+    def _close_server(self, server: _ServerProcess) -> None:
+        self._unwatch(server.channel)
+        server.channel.close()
+        if server is self._template:
+            self._template = None
+
+    def _on_server(self, server: _ServerProcess) -> None:
+        received = server.channel.receive()
+        if received is None:
+            self._close_server(server)
+            if server is self._server:
+                # Its children died with it, by the kernel's hand. The client starts another worker.
+                self._exit_code = EXIT_SERVER_LOST
+                self._ending = "quit"
+            return
+        for frame, _ in received:
+            header = frame.header
+            if frame.kind == Kind.READY:
+                server.ready = header["threads"] == 1
+                if not server.ready and server is not self._server:
+                    self._close_server(server)
+            elif frame.kind == Kind.SPAWNED:
+                number, generation = header["child"]
+                if self._slots[number].generation == generation:
+                    self._slots[number].pid = header["pid"]
+            elif frame.kind == Kind.EXITED:
+                self._on_exit(header["child"], header["code"])
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _on_lifeline(self, lifeline: int) -> None:
+        if not os.read(lifeline, 512):
+            self._ending = "quit"
+
+    def _terminate(self) -> None:
+        """Begin to end, on SIGTERM: say so, give back what has not begun, wait for what runs."""
+        self._terminated = False
+        if self._ending is not None:
+            return
+        self._ending = "terminate"
+        self._end_at = self._now + _GRACE_SECONDS
+        self._send(Kind.GOODBYE, {"reason": "SIGTERM", "grace": _GRACE_SECONDS})
+        self._revoke(None)
+
+    def _is_done(self) -> bool:
+        busy = self._queue or any(slot.chunk is not None for slot in self._slots)
+        return not busy and not (self._unacknowledged and self._client is not None)
+
+    def _shut_down(self) -> None:
+        if self._client is not None:
+            self._client.socket.settimeout(_LAST_WRITE_SECONDS)
+            with contextlib.suppress(OSError):
+                self._client.flush()
+            self._client.close()
+        for stranger in self._strangers:
+            stranger.close()
+        self._listener.close()
+        for server in (self._template, self._server):
+            if server is not None:
+                self._close_server(server)
+        _wait_or_kill(self._server.pid)
+        for slot in self._slots:
+            slot.close()
+        self._selector.close()
+
+
+def _wait_or_kill(pid: int) -> None:
+    """Wait for the server, which kills its children first; it has nothing that could take long."""
+    end = time.monotonic() + _SERVER_END_SECONDS
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < end:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

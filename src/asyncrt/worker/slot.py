@@ -1,0 +1,369 @@
+"""One slot of the worker, as the parent sees it: a child process and the chunk that it runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from asyncrt.worker.channel import Channel, SharedMemory, close_descriptors
+from asyncrt.worker.protocol import Buffer, Kind
+from asyncrt.worker.records import RECORD, Outcome, iterate_records, pack_failure
+from asyncrt.worker.tokens import Tokens
+
+BOARD_BYTES: Final = 1 << 19
+BOARD_START: Final = 64
+LOOK_SECONDS: Final = 0.05  # how often a chunk that runs on is looked at
+_TAIL_BYTES: Final = 4096
+_LOG_READ_BYTES: Final = 1 << 16
+
+
+class Chunk:
+    """Calls that travel together, and what became of them."""
+
+    def __init__(self, header: dict[str, Any], body: Buffer) -> None:
+        self.header = header
+        self.body = body
+        self.id: int = header["chunk"]
+        self.function: str = header["function"]
+        self.count: int = header["count"]
+        self.timeout: float | None = header.get("timeout")
+        self.hold: float | None = header.get("hold")
+        self.fresh: bool = header.get("fresh", False)
+        self.end = self.count  # calls from here on were given back
+        self.delivered = 0
+        self.sent = 0  # by the child itself; what it has on its board comes after that
+        self.began = 0.0
+        self.announced = False
+        self.look_at = float("inf")
+
+
+class Verdict:
+    """Why the parent killed a child, as the failure of the call that it ran."""
+
+    def __init__(self, error: str, message: str, **facts: Any) -> None:
+        self.error = error
+        self.message = message
+        self.facts = facts
+
+
+class Slot:
+    """A child, its connections, and its current chunk.
+
+    Args:
+        deliver: Called with ``(chunk, first, count, records, done)`` for outcomes.
+        give_back: Called with ``(chunk, first, count)`` for calls that will not run here.
+        log: Called with ``(chunk or None, index, "out" or "err", text)``.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        deliver: Callable[[Chunk, int, int, Sequence[Buffer], bool], None],
+        give_back: Callable[[Chunk, int, int], None],
+        log: Callable[[Chunk | None, int, str, bytes], None],
+    ) -> None:
+        self.number = number
+        self.generation = 0
+        self.pid = 0
+        self.chunk: Chunk | None = None
+        self.retiring = False
+        self.held_bytes = 0
+        self.peak_bytes = 0
+        self.last_function: str | None = None
+        self.fresh_wanted = False
+        self.mark = os.urandom(8).hex() + ":"
+        self.tail = b""
+        self._deliver = deliver
+        self._give_back = give_back
+        self._log = log
+        self._verdict: Verdict | None = None
+        self._functions: set[str] = set()
+        self._forget: list[str] = []
+        self._open = False
+        self._log_index = -1
+
+    # -- the process ------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be given a chunk."""
+        return self._open and self.chunk is None and not self.retiring
+
+    def spawn(self, server: Channel) -> None:
+        """Ask a server for a child. It may be given work at once: its socket buffers that.
+
+        Raises:
+            OSError: The server is gone.
+        """
+        self.generation += 1
+        self.pid = 0
+        self.server = server
+        self.retiring = False
+        self.fresh_wanted = False
+        self.held_bytes = 0
+        self._verdict = None
+        self._functions = set()
+        self._forget = []
+        self._log_index = -1
+        mine, its = socket.socketpair()
+        mine.setblocking(False)
+        self.channel = Channel(mine)
+        self.tokens = Tokens()
+        self.board = SharedMemory(BOARD_BYTES)
+        self.out, out = _pipe()
+        self.err, err = _pipe()
+        self._open = True
+        try:
+            server.send(
+                Kind.SPAWN,
+                {"child": [self.number, self.generation], "mark": self.mark},
+                fds=[its.fileno(), self.tokens.child_fd, self.board.fd, out, err],
+            )
+        finally:
+            its.close()
+            close_descriptors((out, err))
+
+    def descriptors(self) -> list[tuple[Any, str]]:
+        """Return what the parent waits on, with the name of what it is."""
+        return [(self.channel, "channel"), (self.out, "out"), (self.err, "err")]
+
+    def retire(self) -> None:
+        """Let the child end by itself; it has no chunk."""
+        self.retiring = True
+        self.channel.send(Kind.QUIT, {})
+
+    def close(self) -> None:
+        """Close what connects with the child. It ends, if it has not."""
+        if self._open:
+            self._open = False
+            self.channel.close()
+            self.tokens.close()
+            close_descriptors((self.out, self.err))
+
+    # -- chunks -----------------------------------------------------------------------------------
+
+    def begin(self, chunk: Chunk, function: Buffer | None, *, now: float) -> None:
+        """Give the child a chunk.
+
+        Args:
+            function: The packed function.
+        """
+        self.chunk = chunk
+        chunk.began = now
+        chunk.look_at = now + min(LOOK_SECONDS, chunk.timeout or LOOK_SECONDS)
+        self.tail = b""
+        if chunk.function not in self._functions and function is not None:
+            self._functions.add(chunk.function)
+            self.channel.send(Kind.FUNCTION, {"function": chunk.function}, [function])
+        header = chunk.header
+        if self._forget:
+            header = {**header, "forget": self._forget}
+            self._forget = []
+        self.channel.send(Kind.CALLS, header, [chunk.body])
+        chunk.body = b""
+        self.tokens.offer(chunk.count)
+
+    def forget(self, function: str) -> None:
+        """Let the child drop a function, with the next chunk."""
+        if function in self._functions:
+            self._functions.discard(function)
+            self._forget.append(function)
+
+    def running(self) -> tuple[int, float] | None:
+        """Return position and start (monotonic seconds) of the call that runs; ``None`` if none.
+
+        A child that does not even begin counts as running the first call since it was told to.
+        """
+        chunk = self.chunk
+        if chunk is None or chunk.delivered >= chunk.end:
+            return None
+        begun = chunk.end - self.tokens.left()
+        if begun <= chunk.delivered:
+            return chunk.delivered, chunk.began
+        started: float = memoryview(self.board)[:8].cast("d")[0]
+        return begun - 1, max(started, chunk.began)
+
+    def take_back(self) -> None:
+        """Give the client back the calls of the current chunk that have not begun."""
+        chunk = self.chunk
+        if chunk is None:
+            return
+        taken = self.tokens.take_back()
+        if taken:
+            chunk.end -= taken
+            self._give_back(chunk, chunk.end, taken)
+
+    def read_board(self) -> None:
+        """Deliver outcomes that the child has not sent yet, while it runs on."""
+        self.receive()
+        chunk = self.chunk
+        if chunk is None:
+            return
+        left = self.tokens.left()
+        finished = chunk.end - left - 1
+        if finished <= chunk.delivered:
+            return
+        copy = bytes(memoryview(self.board)[BOARD_START:])
+        if self.tokens.left() != left or self.receive():
+            return  # it went on: what it sent, or will send, has these outcomes too
+        first = chunk.delivered
+        records = _cut(copy, first - chunk.sent, finished - chunk.sent)
+        self._hand_on(chunk, first, finished - first, [records], done=False)
+
+    def receive(self) -> bool:
+        """Handle what the child sent; return whether there was anything."""
+        anything = False
+        while True:
+            try:
+                received = self.channel.receive()
+            except BlockingIOError:
+                return anything
+            if received is None:
+                return anything
+            for frame, _ in received:
+                anything = True
+                self._on_result(frame.header, frame.body)
+
+    def _on_result(self, header: dict[str, Any], body: Buffer) -> None:
+        chunk = self.chunk
+        if chunk is None:
+            return
+        first, count, done = header["first"], header["count"], header.get("done", False)
+        if done:
+            self.peak_bytes, self.held_bytes = header["peak"], header["held"]
+        chunk.sent = first + count
+        if done:
+            self.read_logs()  # what its calls printed was written before their outcomes
+        records: Buffer = body
+        seen = min(chunk.delivered - first, count)
+        if seen > 0:  # already read from the board
+            records = _cut(body, seen, count)
+            first, count = first + seen, count - seen
+        if done:
+            self.chunk = None
+            self.last_function = chunk.function
+            self.fresh_wanted = chunk.fresh
+        self._hand_on(chunk, first, count, [records] if count else [], done=done)
+
+    def _hand_on(
+        self, chunk: Chunk, first: int, count: int, records: Sequence[Buffer], *, done: bool
+    ) -> None:
+        chunk.delivered = max(chunk.delivered, first + count)
+        self._deliver(chunk, first, count, records, done)
+
+    # -- endings ----------------------------------------------------------------------------------
+
+    def condemn(self, verdict: Verdict) -> None:
+        """Kill the child. The verdict is the failure of the call that it is running.
+
+        Raises:
+            OSError: The server is gone, and the child with it.
+        """
+        if self._verdict is None and not self.retiring:
+            self._verdict = verdict
+            self.retiring = True
+            self.server.send(Kind.KILL, {"child": [self.number, self.generation]})
+
+    def on_exit(self, code: int, explain: Callable[[int], Verdict]) -> None:
+        """Settle everything after the child's death, and close.
+
+        Args:
+            code: As of ``subprocess``: negative for a signal.
+            explain: Gives the verdict if it was not the parent who killed it.
+        """
+        self.receive()
+        self.read_logs()
+        chunk = self.chunk
+        if chunk is not None:
+            self._settle(chunk, code, explain)
+        self.close()
+
+    def _settle(self, chunk: Chunk, code: int, explain: Callable[[int], Verdict]) -> None:
+        self.take_back()
+        written = int.from_bytes(memoryview(self.board)[8:16], "little")
+        records: list[Buffer] = []
+        first = chunk.delivered
+        count = chunk.sent + written - first
+        if count > 0:
+            board = bytes(memoryview(self.board)[BOARD_START:])
+            records.append(_cut(board, first - chunk.sent, written))
+        if first + count < chunk.end:
+            verdict = self._verdict or explain(code)
+            started: float = memoryview(self.board)[:8].cast("d")[0]
+            payload = pack_failure(verdict.error, verdict.message, **verdict.facts)
+            begun = max(started, chunk.began)
+            records.append(RECORD.pack(begun, time.monotonic(), len(payload), Outcome.FAILED))
+            records.append(payload)
+            count += 1
+        self.chunk = None
+        self._hand_on(chunk, first, count, records, done=True)
+
+    # -- logs -------------------------------------------------------------------------------------
+
+    def read_logs(self) -> None:
+        """Hand on all that the child has printed so far."""
+        for fd, name in ((self.out, "out"), (self.err, "err")):
+            while self.read_log(fd, name):
+                pass
+
+    def read_log(self, fd: int, name: str) -> bool:
+        """Hand on what the child printed; return whether there was anything."""
+        try:
+            data = os.read(fd, _LOG_READ_BYTES)
+        except (BlockingIOError, OSError):
+            return False
+        if not data:
+            return False
+        begin = b"\0" + self.mark.encode()
+        before, *marked = data.split(begin)
+        self._hand_on_log(name, before)
+        for part in marked:
+            index, _, text = part.partition(b"\0")
+            self._log_index = int(index)
+            self._hand_on_log(name, text)
+        return True
+
+    def _hand_on_log(self, name: str, text: bytes) -> None:
+        if text:
+            self.tail = (self.tail + text)[-_TAIL_BYTES:]
+            self._log(self.chunk, self._log_index, name, text)
+
+
+def _cut(records: Buffer, first: int, end: int) -> memoryview:
+    """Return the records from one position up to another."""
+    view = memoryview(records)
+    ends = [0, *(record[4] for record in iterate_records(view, end))]
+    return view[ends[first] : ends[end]]
+
+
+def explain_exit(code: int, tail: bytes) -> Verdict:
+    """Return the failure of a call whose process ended by itself."""
+    text = tail.decode("utf-8", "replace")
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return Verdict(
+            "WorkerCrashedError",
+            f"the process that ran the call was killed by {name}",
+            signal=-code,
+            log_tail=text,
+        )
+    return Verdict(
+        "WorkerCrashedError",
+        f"the process that ran the call exited with code {code}",
+        exit_code=code,
+        log_tail=text,
+    )
+
+
+def _pipe() -> tuple[int, int]:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    return reading, writing

@@ -242,6 +242,11 @@ def test_values_that_do_not_go_together_name_the_place_of_one(load: Load, file: 
     assert config.settings({"max_workers": 9}).pool.min_workers == 5
 
 
+def test_memory_in_the_k8s_section_may_be_a_quantity(load: Load) -> None:
+    config = load("asyncrt: {backend: k8s}\nk8s: {runtime_memory: 1.5Gi}")
+    assert config.settings().pool.memory_bytes == 3 * 2**29
+
+
 def test_configuration_made_in_code_is_used_and_checked() -> None:
     config = Config(
         options={"backend": "k8s"},

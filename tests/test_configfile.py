@@ -243,6 +243,7 @@ def test_file_that_is_not_utf8_is_refused_with_its_line(file: Path) -> None:
         ("k8s:\n  memory: 512", "k8s.memory", "runtime_memory"),
         ("k8s:\n  slots: 2", "k8s.slots", "worker_processes"),
         ("k8s:\n  echo: true", "k8s.echo", "asyncrt.echo"),
+        ("local:\n  timeout: 5", "local.timeout", "asyncrt.timeout"),
         ("asyncrt:\n  runtime_memory: 5", "asyncrt.runtime_memory", "k8s.runtime_memory"),
         ("asyncrt:\n  max_worker: 5", "asyncrt.max_worker", "max_workers"),
         ("asyncrt:\n  deadline: 5", "asyncrt.deadline", "timeout"),

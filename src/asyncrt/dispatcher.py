@@ -22,8 +22,10 @@ from asyncrt.options import Retry
 
 MAX_LOSSES: Final = 3
 MAX_CHUNK_CALLS: Final = 4096
+MAX_PREFETCH: Final = 64
 _TARGET_SECONDS: Final = 0.02  # of a chunk that is coalesced: far above a round trip
 _PREFETCH_BELOW_SECONDS: Final = 0.05  # longer calls gain nothing from one waiting beside them
+_PREFETCH_SECONDS: Final = 0.005  # of work that waits at a slot
 _TARGET_BYTES: Final = 1 << 20
 _WORTH_MOVING_SECONDS: Final = 0.005
 _GROWTH: Final = 16
@@ -460,7 +462,7 @@ class Dispatcher:
             return
         if len(worker.chunks) < worker.slots:
             self._idle[worker.name] = worker
-        elif len(worker.chunks) < 2 * worker.slots:
+        elif len(worker.chunks) < (1 + MAX_PREFETCH) * worker.slots:
             self._spare[worker.name] = worker
 
     def _fill(self, now: float) -> list[Action]:
@@ -475,17 +477,24 @@ class Dispatcher:
         return actions
 
     def _next_chunk(self, room: dict[str, WorkerState], *, prefetch: bool) -> Chunk | None:
+        worker = next(iter(room.values()))
         for _ in range(len(self._runs)):
             run = self._runs[0]
             self._runs.rotate(-1)
-            if prefetch and (
-                run.alone or run.seconds is None or run.seconds > _PREFETCH_BELOW_SECONDS
-            ):
+            if prefetch and len(worker.chunks) >= worker.slots * (1 + self._prefetch(run)):
                 continue
             indexes, attempt = self._take(run)
             if indexes:
-                return self._make_chunk(run, indexes, attempt, next(iter(room.values())))
+                return self._make_chunk(run, indexes, attempt, worker)
         return None
+
+    @staticmethod
+    def _prefetch(run: RunQueue) -> int:
+        """Return how many chunks may wait at a slot, so that it never waits for the next one."""
+        if run.alone or run.seconds is None or run.seconds > _PREFETCH_BELOW_SECONDS:
+            return 0
+        chunk_seconds = max(run.seconds * run.last_size, 1e-6)
+        return max(1, min(MAX_PREFETCH, int(_PREFETCH_SECONDS / chunk_seconds)))
 
     def _take(self, run: RunQueue) -> tuple[Sequence[int], int]:
         """Take the next calls of a run that are still wanted; none if there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import math
@@ -43,6 +44,7 @@ from asyncrt.worker.records import Outcome, iterate_records
 
 logger = logging.getLogger(__name__)
 
+_Part = tuple[Chunk | None, int, int]
 _Decoded = tuple[list[Any], dict[int, tuple[Exception, str]], "array[float]"]
 
 _LARGE_BYTES: Final = 1 << 20
@@ -330,14 +332,11 @@ class WorkerPool:
         if frame.kind == Kind.RESULT:
             self._on_result(link, frame)
         elif frame.kind == Kind.REVOKED:
-            chunk = self._dispatcher.chunk(link.name, header["chunk"])
-            if chunk is not None:
-                self._act(
-                    self._dispatcher.revoked(
-                        chunk, header["first"], header["count"], now=current_time()
-                    )
-                )
-                self._after_news(chunk)
+            for number, first, count in header["parts"]:
+                chunk = self._dispatcher.chunk(link.name, number)
+                if chunk is not None:
+                    self._act(self._dispatcher.revoked(chunk, first, count, now=current_time()))
+                    self._after_news(chunk)
         elif frame.kind == Kind.STARTED:
             self._on_started(link, header)
         elif frame.kind == Kind.LOG:
@@ -371,29 +370,51 @@ class WorkerPool:
     # -- outcomes ---------------------------------------------------------------------------------
 
     def _on_result(self, link: Link, frame: Frame) -> None:
-        chunk = self._dispatcher.chunk(link.name, frame.header["chunk"])
-        if chunk is None:
-            return  # late news
+        parts = []
+        for number, first, count in frame.header["parts"]:
+            parts.append((self._dispatcher.chunk(link.name, number), first, count))
         if len(frame.body) > _LARGE_BYTES and self._group is not None:
-            self._group.start_soon(self._take_large, link, chunk, frame)
+            self._group.start_soon(self._take_large, link, parts, frame.body)
         else:
-            self._take(link, chunk, frame.header["first"], self._decode(link, chunk, frame))
+            for chunk, first, decoded in self._decode(link, parts, frame.body):
+                self._take(link, chunk, first, decoded)
 
-    async def _take_large(self, link: Link, chunk: Chunk, frame: Frame) -> None:
+    async def _take_large(self, link: Link, parts: list[_Part], body: Buffer) -> None:
         """Unpickle in a thread; the loop goes on between slices of a large object."""
-        decoded = await anyio.to_thread.run_sync(self._decode, link, chunk, frame)
-        if self._dispatcher.chunk(link.name, chunk.id) is chunk:
-            self._take(link, chunk, frame.header["first"], decoded)
+        found = await anyio.to_thread.run_sync(
+            lambda: list(self._decode(link, parts, body)), abandon_on_cancel=False
+        )
+        for chunk, first, decoded in found:
+            if self._dispatcher.chunk(link.name, chunk.id) is chunk:
+                self._take(link, chunk, first, decoded)
 
-    def _decode(self, link: Link, chunk: Chunk, frame: Frame) -> _Decoded:
+    def _decode(
+        self, link: Link, parts: list[_Part], body: Buffer
+    ) -> Iterator[tuple[Chunk, int, _Decoded]]:
         """Load outcomes. Touches nothing but its arguments: it may run in a thread."""
-        header, body = frame.header, memoryview(frame.body)
+        view = memoryview(body)
+        records = iterate_records(view, sum(count for _, _, count in parts))
+        for chunk, first, count in parts:
+            mine = itertools.islice(records, count)
+            if chunk is None:  # late news
+                deque(mine, maxlen=0)
+            else:
+                yield chunk, first, self._decode_part(link, chunk, first, view, mine)
+
+    def _decode_part(
+        self,
+        link: Link,
+        chunk: Chunk,
+        first: int,
+        body: memoryview,
+        records: Iterator[tuple[float, float, int, int, int]],
+    ) -> _Decoded:
         values: list[Any] = []
         errors: dict[int, tuple[Exception, str]] = {}
         times = array("d")
         offset = link.clock_offset
-        position: int = header["first"]
-        for started, ended, outcome, begin, end in iterate_records(body, header["count"]):
+        position = first
+        for started, ended, outcome, begin, end in records:
             times.append(started + offset)
             times.append(ended + offset)
             value: Any = None
@@ -553,11 +574,10 @@ class WorkerPool:
             "indexes": indexes[0] if isinstance(indexes, range) else list(indexes),
             "attempt": chunk.attempt,
             "style": run.style,
+            "hold": _HOLD_SECONDS,
         }
         if settings.timeout is not None:
             header["timeout"] = settings.timeout
-        if settings.chunksize == "auto":
-            header["hold"] = _HOLD_SECONDS
         if settings.isolation == "call":
             header["fresh"] = True
         run.log.append(Sent(current_time(), indexes, chunk.attempt, chunk.worker))

@@ -43,6 +43,7 @@ BOARD_BYTES: Final = 1 << 19
 BOARD_HEAD: Final = struct.Struct("<dQ")  # start of the running call; outcomes written since flush
 BOARD_START: Final = 64
 _FLUSH_SECONDS: Final = 0.005
+_LINE_LIMIT: Final = 8192
 _LARGE_RECORD_BYTES: Final = 1 << 16
 _Loaded = tuple[Callable[..., Any], dict[str, Any]]
 _COUNT: Final = struct.Struct("<Q")
@@ -56,6 +57,7 @@ class Child:
         self._channel = channel
         self._tokens = tokens
         self._board = board
+        self._streams: tuple[LogStream, ...] = ()
         self._packed: dict[str, Buffer] = {}
         self._loaded: dict[str, _Loaded] = {}
         self._at = BOARD_START
@@ -66,6 +68,11 @@ class Child:
     def preload(self, loaded: dict[str, _Loaded]) -> None:
         """Take functions that the server had loaded before it forked this process."""
         self._loaded.update(loaded)
+
+    def redirect(self, mark: str) -> None:
+        """Make standard output and error of this process the parent's pipes, call by call."""
+        self._streams = LogStream(1, mark), LogStream(2, mark)
+        sys.stdout, sys.stderr = self._streams
 
     def forget(self, names: Sequence[str]) -> None:
         """Drop functions that the client will not use again."""
@@ -119,6 +126,8 @@ class Child:
                 self._write(started, Outcome.RAISED, [loaded])
                 continue
             outcome, segments = _run_call(loaded, chunk["style"], body, begin, at)
+            for stream in self._streams:
+                stream.flush()
             self._write(started, outcome, segments)
             if seat.call is not None:
                 seat.call.remove_scratch()
@@ -315,6 +324,7 @@ class LogStream(io.TextIOBase):
         self._mark = mark
         self._marked: tuple[str | None, int] | None = None
         self.buffer = io.FileIO(fd, "wb", closefd=False)
+        self._pending = ""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -327,6 +337,15 @@ class LogStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
+        self._pending += text
+        if "\n" in text or len(self._pending) > _LINE_LIMIT:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        text, self._pending = self._pending, ""
+        if not text:
+            return
         data = text.encode("utf-8", "backslashreplace")
         position = (seat.run_id, seat.index)
         if position != self._marked:
@@ -335,7 +354,6 @@ class LogStream(io.TextIOBase):
             data = f"\0{self._mark}{index}\0".encode() + data
         while data:
             data = data[os.write(self._fd, data) :]
-        return len(text)
 
 
 def run_child(
@@ -349,8 +367,7 @@ def run_child(
     """Run calls in this process, whose standard output and error are the parent's pipes already."""
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    sys.stdout = LogStream(1, mark)
-    sys.stderr = LogStream(2, mark)
     child = Child(channel, tokens, board)
+    child.redirect(mark)
     child.preload(loaded)
     child.serve()

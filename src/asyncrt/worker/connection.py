@@ -79,15 +79,20 @@ class Connection:
         """
         frames: list[Frame] = []
         for _ in range(16):  # the other descriptors want their turn, too
+            view = self._decoder.get_buffer()
             try:
-                size = self.socket.recv_into(self._decoder.get_buffer())
+                size = self.socket.recv_into(view)
             except BlockingIOError:
                 break
             except OSError:
                 return frames or None
             if not size:
                 return frames or None
+            room = view.nbytes
+            del view
             frames += self._decoder.received(size)
+            if size < room:
+                break
         if frames:
             self.last_heard = now
         return frames

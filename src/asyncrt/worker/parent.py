@@ -251,9 +251,10 @@ class Parent:
     def _resume(self, header: dict[str, Any]) -> None:
         """Tell what this worker has; send again what was not received."""
         self._acknowledge(header["sequence"])
-        known = [chunk.id for chunk in self._queue]
-        known += [slot.chunk.id for slot in self._slots if slot.chunk is not None]
-        known += [report[1]["chunk"] for report in self._unacknowledged.values()]
+        held = [*self._queue, *(slot.chunk for slot in self._slots if slot.chunk is not None)]
+        known = [number for chunk in held for number in chunk.ids]
+        for _, report, _ in self._unacknowledged.values():
+            known += [part[0] for part in report["parts"]]
         functions = list(self._functions)
         self._send(Kind.RESUME, {"chunks": known, "functions": functions})
         for kind, again, body in self._unacknowledged.values():
@@ -293,8 +294,8 @@ class Parent:
     def _on_calls(self, chunk: Chunk) -> None:
         if not 0 < chunk.count <= MAX_CALLS:
             raise ProtocolError(f"a chunk of {chunk.count} calls")
-        if chunk.id in self._cancelled_early or self._ending:
-            self._cancelled_early.pop(chunk.id, None)
+        if chunk.ids[0] in self._cancelled_early or self._ending:
+            self._cancelled_early.pop(chunk.ids[0], None)
             self._give_back(chunk, 0, chunk.count)
             return
         if "acknowledge" in chunk.header:
@@ -319,44 +320,49 @@ class Parent:
         for position, chunk in enumerate(self._queue):
             if chunk.function in self._functions:
                 del self._queue[position]
+                share = -(-(len(self._queue) - position) // len(self._slots))
+                for _ in range(share):
+                    if not chunk.merge(self._queue[position]):
+                        break
+                    del self._queue[position]
                 return chunk
         return None
 
     def _deliver(
         self, chunk: Chunk, first: int, count: int, records: Sequence[Buffer], done: bool
     ) -> None:
-        if not count and not done:
-            return
-        header = {"chunk": chunk.id, "first": first, "count": count, "done": done}
-        self._report(Kind.RESULT, header, records)
+        if count:
+            self._report(Kind.RESULT, {"parts": chunk.split(first, count)}, records)
 
     def _give_back(self, chunk: Chunk, first: int, count: int) -> None:
-        self._report(Kind.REVOKED, {"chunk": chunk.id, "first": first, "count": count})
+        self._report(Kind.REVOKED, {"parts": chunk.split(first, count)})
 
-    def _cancel(self, chunk_id: int, positions: list[int] | None) -> None:
+    def _cancel(self, number: int, positions: list[int] | None) -> None:
         for chunk in self._queue:
-            if chunk.id == chunk_id:
+            if number in chunk.ids:
                 self._queue.remove(chunk)
                 self._give_back(chunk, 0, chunk.count)
                 return
         for slot in self._slots:
-            if slot.chunk is not None and slot.chunk.id == chunk_id:
+            if slot.chunk is not None and number in slot.chunk.ids:
                 slot.take_back()
                 running = slot.running()
-                if running is not None and (positions is None or running[0] in positions):
-                    self._condemn(slot, Verdict("RunCancelledError", "the call was cancelled"))
+                if running is not None:
+                    part, position, _ = slot.chunk.split(running[0], 1)[0]
+                    if part == number and (positions is None or position in positions):
+                        self._condemn(slot, Verdict("RunCancelledError", "the call was cancelled"))
                 return
-        self._cancelled_early[chunk_id] = positions
+        self._cancelled_early[number] = positions
         if len(self._cancelled_early) > _REMEMBERED_CANCELS:
             self._cancelled_early.popitem(last=False)
 
-    def _revoke(self, chunk_id: int | None) -> None:
+    def _revoke(self, number: int | None) -> None:
         for chunk in tuple(self._queue):
-            if chunk_id is None or chunk.id == chunk_id:
+            if number is None or number in chunk.ids:
                 self._queue.remove(chunk)
                 self._give_back(chunk, 0, chunk.count)
         for slot in self._slots:
-            if slot.chunk is not None and chunk_id in (None, slot.chunk.id):
+            if slot.chunk is not None and (number is None or number in slot.chunk.ids):
                 slot.take_back()
 
     # -- slots ------------------------------------------------------------------------------------
@@ -384,7 +390,8 @@ class Parent:
         ran = self._now - started
         if not chunk.announced and ran > 0:
             chunk.announced = True
-            self._send(Kind.STARTED, {"chunk": chunk.id, "position": position, "time": started})
+            part, position, _ = chunk.split(position, 1)[0]
+            self._send(Kind.STARTED, {"chunk": part, "position": position, "time": started})
         look_at = float("inf")
         if chunk.timeout is not None:
             if ran >= chunk.timeout:
@@ -443,7 +450,7 @@ class Parent:
                 self._watch(fileobj, lambda fd=fileobj, name=name: self._on_log(slot, fd, name))
 
     def _on_child(self, slot: Slot) -> None:
-        if not slot.receive():
+        if not slot.receive_some():
             self._unwatch(slot.channel)  # it has ended; the server tells how
 
     def _on_log(self, slot: Slot, fd: int, name: str) -> None:

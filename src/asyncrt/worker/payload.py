@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from asyncrt.worker.protocol import Buffer
-from asyncrt.worker.records import LENGTH
 
 _ENVELOPE: Final = struct.Struct("<B3xIQ")
+_SPAN: Final = struct.Struct("<QQ")  # offset within the payload, and size, of a buffer
 _ENVELOPE_MARK: Final = 0x42
 _ALIGNMENT: Final = 64
 _LARGE_BYTES: Final = 1 << 16
@@ -97,16 +97,17 @@ def encode(value: Any, make_pickler: _PicklerFactory, *, base: int = 0) -> list[
         return segments
     views = [buffer.raw() for buffer in buffers]
     pickle_bytes = sum(len(segment) for segment in segments)
-    head = _ENVELOPE.pack(_ENVELOPE_MARK, len(views), pickle_bytes)
-    head += b"".join(LENGTH.pack(view.nbytes) for view in views)
-    segments.insert(0, head)
-    at = base + len(head) + pickle_bytes
+    at = _ENVELOPE.size + _SPAN.size * len(views) + pickle_bytes
+    spans: list[bytes] = []
     for view in views:
-        gap = -at % _ALIGNMENT
+        gap = -(base + at) % _ALIGNMENT
         if gap:
             segments.append(bytes(gap))
         segments.append(view)
+        spans.append(_SPAN.pack(at + gap, view.nbytes))
         at += gap + view.nbytes
+    head = _ENVELOPE.pack(_ENVELOPE_MARK, len(views), pickle_bytes)
+    segments.insert(0, b"".join((head, *spans)))
     return segments
 
 
@@ -156,18 +157,14 @@ def decode(body: memoryview, start: int, end: int) -> Any:
         return _loads(body[start:end], None)
     _, count, pickle_bytes = _ENVELOPE.unpack_from(body, start)
     at = start + _ENVELOPE.size
-    sizes = [LENGTH.unpack_from(body, at + LENGTH.size * index)[0] for index in range(count)]
-    at += LENGTH.size * count
-    packed = body[at : at + pickle_bytes]
-    at += pickle_bytes
     buffers = []
-    for size in sizes:
-        at += -at % _ALIGNMENT
-        if at + size > end:
+    for _ in range(count):
+        offset, size = _SPAN.unpack_from(body, at)
+        at += _SPAN.size
+        if start + offset + size > end:
             raise ValueError("payload is cut off")
-        buffers.append(body[at : at + size])
-        at += size
-    return _loads(packed, buffers)
+        buffers.append(body[start + offset : start + offset + size])
+    return _loads(body[at : at + pickle_bytes], buffers)
 
 
 def _loads(packed: memoryview, buffers: list[memoryview] | None) -> Any:

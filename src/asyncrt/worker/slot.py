@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from asyncrt.worker.channel import Channel, SharedMemory, close_descriptors
+from asyncrt.worker.channel import INLINE_BYTES, Channel, SharedMemory, close_descriptors
 from asyncrt.worker.protocol import Buffer, Kind
 from asyncrt.worker.records import RECORD, Outcome, iterate_records, pack_failure
 from asyncrt.worker.tokens import Tokens
@@ -17,17 +17,24 @@ from asyncrt.worker.tokens import Tokens
 BOARD_BYTES: Final = 1 << 19
 BOARD_START: Final = 64
 LOOK_SECONDS: Final = 0.05  # how often a chunk that runs on is looked at
+_MERGED_CALLS: Final = 256
+_MERGED_BODIES: Final = 64
+_SAME: Final = ("run", "function", "attempt", "style", "timeout", "hold", "fresh")
 _TAIL_BYTES: Final = 4096
 _LOG_READ_BYTES: Final = 1 << 16
 
 
 class Chunk:
-    """Calls that travel together, and what became of them."""
+    """Calls that travel together, and what became of them.
+
+    Several small chunks of one run that wait are merged, so that a child runs through them without
+    asking; what is reported names the client's own chunks, its ``parts``.
+    """
 
     def __init__(self, header: dict[str, Any], body: Buffer) -> None:
         self.header = header
-        self.body = body
-        self.id: int = header["chunk"]
+        self.bodies = [body]
+        self.parts: list[tuple[int, int]] = [(header["chunk"], header["count"])]
         self.function: str = header["function"]
         self.count: int = header["count"]
         self.timeout: float | None = header.get("timeout")
@@ -39,6 +46,39 @@ class Chunk:
         self.began = 0.0
         self.announced = False
         self.look_at = float("inf")
+
+    @property
+    def ids(self) -> list[int]:
+        """The client's chunks that are in it."""
+        return [number for number, _ in self.parts]
+
+    def merge(self, other: Chunk) -> bool:
+        """Take in another chunk that has not begun, if it is small and of the same kind."""
+        mine, its = self.header, other.header
+        if (
+            self.fresh
+            or self.count + other.count > _MERGED_CALLS
+            or len(self.bodies[0]) + len(other.bodies[0]) > INLINE_BYTES // _MERGED_BODIES
+            or len(self.bodies) >= _MERGED_BODIES
+            or any(mine.get(name) != its.get(name) for name in _SAME)
+        ):
+            return False
+        self.header = {**mine, "indexes": _listed(mine) + _listed(its)}
+        self.header["count"] = self.count = self.end = self.count + other.count
+        self.parts += other.parts
+        self.bodies += other.bodies
+        return True
+
+    def split(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """Return consecutive calls as ``(client's chunk, first position in it, count)``."""
+        found: list[tuple[int, int, int]] = []
+        begin = 0
+        for number, size in self.parts:
+            low, high = max(first, begin), min(first + count, begin + size)
+            if low < high:
+                found.append((number, low - begin, high - low))
+            begin += size
+        return found
 
 
 class Verdict:
@@ -164,8 +204,8 @@ class Slot:
         if self._forget:
             header = {**header, "forget": self._forget}
             self._forget = []
-        self.channel.send(Kind.CALLS, header, [chunk.body])
-        chunk.body = b""
+        self.channel.send(Kind.CALLS, header, chunk.bodies)
+        chunk.bodies = []
         self.tokens.offer(chunk.count)
 
     def forget(self, function: str) -> None:
@@ -216,18 +256,23 @@ class Slot:
         self._hand_on(chunk, first, finished - first, [records], done=False)
 
     def receive(self) -> bool:
-        """Handle what the child sent; return whether there was anything."""
+        """Handle all that the child sent; return whether there was anything."""
         anything = False
-        while True:
-            try:
-                received = self.channel.receive()
-            except BlockingIOError:
-                return anything
-            if received is None:
-                return anything
-            for frame, _ in received:
-                anything = True
-                self._on_result(frame.header, frame.body)
+        while self.receive_some():
+            anything = True
+        return anything
+
+    def receive_some(self) -> bool:
+        """Handle what one read gives; return whether there was anything."""
+        try:
+            received = self.channel.receive()
+        except BlockingIOError:
+            return False
+        if received is None:
+            return False
+        for frame, _ in received:
+            self._on_result(frame.header, frame.body)
+        return True
 
     def _on_result(self, header: dict[str, Any], body: Buffer) -> None:
         chunk = self.chunk
@@ -332,6 +377,13 @@ class Slot:
         if text:
             self.tail = (self.tail + text)[-_TAIL_BYTES:]
             self._log(self.chunk, self._log_index, name, text)
+
+
+def _listed(header: dict[str, Any]) -> list[int]:
+    indexes = header["indexes"]
+    if isinstance(indexes, list):
+        return indexes
+    return list(range(indexes, indexes + header["count"]))
 
 
 def _cut(records: Buffer, first: int, end: int) -> memoryview:

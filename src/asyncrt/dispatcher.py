@@ -388,7 +388,7 @@ class Dispatcher:
             actions.append(Failed(chunk.run, chunk.indexes[position], error, chunk.attempt))
         self._return_positions(chunk, chunk.open_positions())
         self._close(chunk, worker, now)
-        return actions
+        return actions + self._fill(now)
 
     def measured(self, run: RunQueue, calls: int, size_bytes: int) -> None:
         """Learn how large arguments are."""
@@ -554,7 +554,7 @@ class Dispatcher:
                 if worker is None or chunk.id in self._revoking:
                     continue
                 waits = len(worker.chunks) > worker.slots
-                if (waits or chunk.left > 1) and (best is None or chunk.left > best.left):
+                if (waits or chunk.left > 1) and (best is None or chunk.left >= best.left):
                     best = chunk
         if best is None or (best.run.seconds or 0.0) * best.left < _WORTH_MOVING_SECONDS:
             return []

@@ -267,7 +267,7 @@ class EventLog:
         self.stats = Stats()
         self._entries: deque[Entry] = deque(maxlen=max_entries)
         self._total = 0
-        self._changed = anyio.Event()
+        self._changed: anyio.Event | None = None
         self.ended = False
 
     def append(self, entry: Entry) -> None:
@@ -276,9 +276,9 @@ class EventLog:
         self._total += 1
         self.stats.fold(entry)
         self.ended = self.ended or isinstance(entry, Ended)
-        if self._changed.statistics().tasks_waiting or self.ended:
+        if self._changed is not None:
             self._changed.set()
-            self._changed = anyio.Event()
+            self._changed = None
 
     def since(self, position: int) -> tuple[list[Entry], int, int]:
         """Return the entries from a position on, the next position, and how many were dropped."""
@@ -290,6 +290,8 @@ class EventLog:
     async def wait(self, position: int) -> None:
         """Wait until there is an entry at a position."""
         if self._total <= position and not self.ended:
+            if self._changed is None:
+                self._changed = anyio.Event()
             await self._changed.wait()
 
 
@@ -304,6 +306,7 @@ class EventStream:
         self._position = 0
         self._ready: deque[Event] = deque()
         self._entries: deque[Entry] = deque()
+        self._started: set[tuple[int, int]] = set()  # told before their end, with index and attempt
 
     async def __aenter__(self) -> EventStream:
         return self
@@ -318,7 +321,7 @@ class EventStream:
     async def __anext__(self) -> Event:
         while not self._ready:
             if self._entries:
-                self._ready.extend(self._entries.popleft().events())
+                self._ready.extend(self._events_of(self._entries.popleft()))
                 continue
             entries, self._position, dropped = self._log.since(self._position)
             if dropped:
@@ -329,3 +332,15 @@ class EventStream:
                     raise StopAsyncIteration
                 await self._log.wait(self._position)
         return self._ready.popleft()
+
+    def _events_of(self, entry: Entry) -> Iterator[Event]:
+        """Yield the events of an entry, but no start twice."""
+        if isinstance(entry, Started):
+            self._started.update((index, entry.attempt) for index in entry.indexes)
+        for event in entry.events():
+            if isinstance(event, CallStarted) and isinstance(entry, Finished):
+                told = event.index, event.attempt
+                if told in self._started:
+                    self._started.discard(told)
+                    continue
+            yield event

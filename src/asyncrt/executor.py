@@ -20,7 +20,7 @@ from asyncrt.errors import ConfigError, ExecutorClosedError
 from asyncrt.options import CallOptions, ExecutorOptions, PoolSettings, Settings
 from asyncrt.pool import WorkerPool
 from asyncrt.run import Run
-from asyncrt.serialize import pack_function
+from asyncrt.serialize import FunctionPacker
 from asyncrt.sources import as_sequences
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class Executor:
         settings, host = self._opened()
         if options:
             settings = settings.updated(options, only_calls=True)
-        function = pack_function(fn, kwargs)
+        function = host.packer.pack(fn, kwargs)
         sequences = as_sequences(iterables)
         pool = host.pool(settings.pool, _choose_backend(settings.pool))
         run: Run[Any] = Run(
@@ -291,6 +291,7 @@ class _Host:
     """
 
     def __init__(self) -> None:
+        self.packer = FunctionPacker()
         self._pools: dict[tuple[Any, ...], WorkerPool] = {}
         self._token = os.urandom(32)
         self._closing = asyncio.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import anyio
-import anyio.lowlevel
+import msgspec
 from anyio import current_time
 
 from asyncrt.backends.base import ByteStream, Worker, WorkerExit
@@ -71,6 +72,7 @@ class Link:
         self._heartbeat_interval = heartbeat_interval
         self._start_timeout = start_timeout
         self._schedule = schedule
+        self._now = asyncio.get_running_loop().time
         self._stream: ByteStream | None = None
         self._reset()
         self._received = 0
@@ -154,8 +156,10 @@ class Link:
 
     def _reset(self) -> None:
         """Forget what belongs to a connection that is no more."""
-        self._decoder = Decoder(Limits(header_bytes=1 << 16, body_bytes=0, open_streams=0))
-        self._outbox = Outbox()
+        self._decoder = Decoder(
+            Limits(header_bytes=1 << 16, body_bytes=0, open_streams=0), load=_load_header
+        )
+        self._outbox = Outbox(dump=msgspec.json.encode)
         self._nonce = ""
         self._step = "challenge"
         self._live = anyio.Event()
@@ -214,13 +218,17 @@ class Link:
         self.send(Kind.FUNCTION, header, function.segments)
 
     def _pump_soon(self) -> None:
-        """Write at the end of this turn of the loop: what is sent in one turn is one write."""
+        """Write the first frame of a turn of the loop at once, the rest at its end, in one piece."""
         if not self._pumping:
             self._pumping = True
-            self._schedule(0.0, self._pump)
+            self._schedule(0.0, self._pump_rest)
+            self._pump()
+
+    def _pump_rest(self) -> None:
+        self._pumping = False
+        self._pump()
 
     def _pump(self) -> None:
-        self._pumping = False
         while self._stream is not None and self._outbox:
             if not self._stream.write(self._outbox.take()):
                 return  # ``writable`` goes on
@@ -231,7 +239,7 @@ class Link:
         return self._decoder.get_buffer()
 
     def received(self, size: int) -> None:
-        self._last_heard = current_time()
+        self._last_heard = self._now()
         try:
             for frame in self._decoder.received(size):
                 self._on_frame(frame)
@@ -323,3 +331,10 @@ class Link:
         if self._received > self._acknowledged:
             self._acknowledged = self._received
             self.send(Kind.ACKNOWLEDGE, {"sequence": self._received})
+
+
+def _load_header(packed: bytes) -> Any:
+    try:
+        return msgspec.json.decode(packed)
+    except msgspec.DecodeError as error:
+        raise ValueError(str(error)) from error

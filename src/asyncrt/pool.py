@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import anyio
 import anyio.to_thread
-from anyio import current_time
 from anyio.abc import TaskGroup
 
 from asyncrt.backends.base import Backend, WorkerExit, WorkerPoolHandle
@@ -77,6 +76,7 @@ class WorkerPool:
         self._handle: WorkerPoolHandle | None = None
         self._failed: BaseException | None = None
         self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time  # what anyio.current_time() looks up each time
         self._timer: asyncio.TimerHandle | None = None
         self._leaving: dict[str, Run[Any]] = {}  # ended, but workers still have calls of them
         self._pending: deque[Action] = deque()
@@ -114,7 +114,7 @@ class WorkerPool:
 
     def tick(self) -> None:
         """Do what time brings, twice a second: end idle workers, say what runs wait for."""
-        now = current_time()
+        now = self._now()
         self._end_idle(now)
         note = self._what_is_missing()
         for run in self._runs.values():
@@ -173,18 +173,18 @@ class WorkerPool:
 
     def offer(self, run: Run[Any], count: int) -> None:
         """Take more calls of a run. See ``RunOwner``."""
-        self._act(self._dispatcher.offer(run.queue, count, now=current_time()))
+        self._act(self._dispatcher.offer(run.queue, count, now=self._now()))
         self._scale()
 
     def give_up(self, run: Run[Any]) -> None:
         """Cancel what is left of a run. See ``RunOwner``."""
-        self._act(self._dispatcher.cancel_run(run.queue, now=current_time()))
+        self._act(self._dispatcher.cancel_run(run.queue, now=self._now()))
         self._remove(run)
         self._check_quiet(run)
 
     def give_up_call(self, run: Run[Any], index: int) -> None:
         """Cancel one call. See ``RunOwner``."""
-        self._act(self._dispatcher.cancel_call(run.queue, index, now=current_time()))
+        self._act(self._dispatcher.cancel_call(run.queue, index, now=self._now()))
 
     def forget(self, run: Run[Any]) -> None:
         """Let go of a run that has ended. See ``RunOwner``."""
@@ -277,7 +277,7 @@ class WorkerPool:
     def _lose(self, link: Link) -> None:
         self._links.pop(link.name, None)
         self._draining.discard(link.name)
-        self._act(self._dispatcher.worker_lost(link.name, now=current_time()))
+        self._act(self._dispatcher.worker_lost(link.name, now=self._now()))
         for run in tuple(self._leaving.values()):
             self._check_quiet(run)
 
@@ -306,7 +306,7 @@ class WorkerPool:
     def on_joined(self, link: Link) -> None:
         """Give a new worker something to do."""
         self._start_failures = 0
-        self._act(self._dispatcher.worker_joined(link.name, link.slots, now=current_time()))
+        self._act(self._dispatcher.worker_joined(link.name, link.slots, now=self._now()))
 
     def on_resumed(self, link: Link, chunks: Sequence[int]) -> None:
         """After a reconnection, make good what was lost on the way to the worker."""
@@ -318,7 +318,7 @@ class WorkerPool:
                 link.send_function(run.function)
             elif chunk.id in known:
                 link.send(Kind.CANCEL, {"chunk": chunk.id})
-        self._act(self._dispatcher.reconcile(link.name, chunks, now=current_time()))
+        self._act(self._dispatcher.reconcile(link.name, chunks, now=self._now()))
         if link.name in self._draining:
             link.send(Kind.DRAIN, {})
 
@@ -335,7 +335,7 @@ class WorkerPool:
             for number, first, count in header["parts"]:
                 chunk = self._dispatcher.chunk(link.name, number)
                 if chunk is not None:
-                    self._act(self._dispatcher.revoked(chunk, first, count, now=current_time()))
+                    self._act(self._dispatcher.revoked(chunk, first, count, now=self._now()))
                     self._after_news(chunk)
         elif frame.kind == Kind.STARTED:
             self._on_started(link, header)
@@ -455,7 +455,7 @@ class WorkerPool:
             len(values),
             {position: error for position, (error, _) in errors.items()},
             busy_seconds=busy,
-            now=current_time(),
+            now=self._now(),
         )
         if run is not None and (news or errors):
             self._record(run, chunk, first, times, news, actions)
@@ -496,7 +496,7 @@ class WorkerPool:
                 if first + offset in settled or index in failures:
                     indexes.append(index)
                     kept.extend(times[2 * offset : 2 * offset + 2])
-        now = current_time()
+        now = self._now()
         run.log.append(Finished(now, indexes, chunk.attempt, chunk.worker, kept, failures))
 
     def _after_news(self, chunk: Chunk) -> None:
@@ -537,7 +537,7 @@ class WorkerPool:
             case Requeued(queue, indexes, worker):
                 run = self._runs.get(queue.id)
                 if run is not None:
-                    run.log.append(RequeuedEntry(current_time(), indexes, worker))
+                    run.log.append(RequeuedEntry(self._now(), indexes, worker))
             case Retried(queue, index, error, delay):
                 logger.info(
                     "run %s: call %s failed and is tried again in %.2f s: %r",
@@ -562,7 +562,7 @@ class WorkerPool:
                 body += segments
                 size += byte_length(segments)
         if failures:
-            self._act(self._dispatcher.unsendable(chunk, failures, now=current_time()))
+            self._act(self._dispatcher.unsendable(chunk, failures, now=self._now()))
             return
         self._dispatcher.measured(chunk.run, len(chunk.indexes), size)
         settings, indexes = run.settings, chunk.indexes
@@ -580,7 +580,7 @@ class WorkerPool:
             header["timeout"] = settings.timeout
         if settings.isolation == "call":
             header["fresh"] = True
-        run.log.append(Sent(current_time(), indexes, chunk.attempt, chunk.worker))
+        run.log.append(Sent(self._now(), indexes, chunk.attempt, chunk.worker))
         link.send_calls(header, body, run.function)
 
     def _set_timer(self) -> None:
@@ -596,7 +596,7 @@ class WorkerPool:
 
     def _on_due(self) -> None:
         self._timer = None
-        self._act(self._dispatcher.tick(now=current_time()))
+        self._act(self._dispatcher.tick(now=self._now()))
         self._scale()
 
     def _schedule(self, delay: float, callback: Callable[[], None]) -> object:

@@ -8,7 +8,6 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
-from anyio import current_time
 
 from asyncrt.call import Call
 from asyncrt.dispatcher import RunQueue
@@ -75,6 +74,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self.style = style
         self.settings = settings
         self.log = EventLog()
+        self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up each time
         self.queue = RunQueue(
             run_id,
             settings.retries,
@@ -168,7 +168,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         try:
             await self._done.wait()
         except asyncio.CancelledError:
-            self._end("cancelled", None)
+            self._end_cancelled()
             raise
         if self._error is not None:
             raise self._error
@@ -215,7 +215,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             try:
                 await news
             except asyncio.CancelledError:
-                self._end("cancelled", None)
+                self._end_cancelled()
                 raise
             finally:
                 self._news.discard(news)
@@ -257,8 +257,11 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
 
         Who waits for the run gets ``RunCancelledError``.
         """
-        self._end("cancelled", RunCancelledError(f"run {self.id} was cancelled"))
+        self._end_cancelled()
         await self.quiet.wait()
+
+    def _end_cancelled(self) -> None:
+        self._end("cancelled", RunCancelledError(f"run {self.id} was cancelled"))
 
     async def __aenter__(self) -> Run[R]:
         return self
@@ -270,7 +273,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
 
     async def cancel_call(self, index: int) -> None:
         """Give up one call. See ``Call.cancel``."""
-        if self._states[index - self._base] == _OPEN and not self._done.is_set():
+        if self._state_of(index) == _OPEN and not self._done.is_set():
             self._owner.give_up_call(self, index)
             error = RunCancelledError(f"call {index} of run {self.id} was cancelled")
             self.settle_failure(index, error, attempts=0, cancelled=True)
@@ -296,7 +299,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
                 await settled
             except asyncio.CancelledError:
                 if self._total == 1:
-                    self._end("cancelled", None)
+                    self._end_cancelled()
                 else:
                     await self.cancel_call(index)
                 raise
@@ -332,8 +335,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         state = self._state_of(index)
         if state == _SUCCEEDED:
             return Success(self._values[index - self._base])
-        if state == _FAILED:
-            return next(failure for failure in self._failures if failure.index == index)
+        if state in (_FAILED, _CANCELLED):
+            return next((failure for failure in self._failures if failure.index == index), None)
         return None
 
     def logs_of(self, index: int) -> str:
@@ -384,7 +387,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     def _admit(self, count: int) -> None:
         first = self._taken
         self._taken += count
-        self.log.append(Queued(current_time(), range(first, self._taken)))
+        self.log.append(Queued(self._now(), range(first, self._taken)))
         self._owner.offer(self, count)
 
     def _update_room(self) -> None:
@@ -424,10 +427,10 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._done.is_set():
             return
         self._values[index - self._base] = error
-        self._states[index - self._base] = _FAILED
+        self._states[index - self._base] = _CANCELLED if cancelled else _FAILED
         self._failures.append(Failure(index, error, attempts))
         if cancelled:
-            self.log.append(Cancelled(current_time(), (index,)))
+            self.log.append(Cancelled(self._now(), (index,)))
         self._after_settling((index,))
         if not self.settings.return_exceptions:
             self._end("failed", error)
@@ -476,7 +479,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self._error = error
         self._done.set()
         self.stop_pulling()
-        now = current_time()
+        now = self._now()
         if self._settled < self._taken:
             left = [
                 self._base + position

@@ -56,6 +56,7 @@ class Feed:
         self._batch: list[Any] = []
         self._loop = asyncio.get_running_loop()
         self._thread: _Puller | None = None
+        self._scope = anyio.CancelScope()
 
     def set_room(self, room: int) -> None:
         """Say how many arguments there is room for now."""
@@ -68,20 +69,21 @@ class Feed:
     def stop(self) -> None:
         """Pull nothing more."""
         self._stopped = True
-        self._wake()
+        self._scope.cancel()
         if self._thread is not None:
             self._thread.stop()
 
     async def run(self) -> None:
-        """Pull until an input ends or ``stop`` is called.
+        """Pull until an input ends or ``stop`` is called, even if an input never answers.
 
         Raises:
             Exception: Whatever an input raises.
         """
-        if any(isinstance(iterable, AsyncIterable) for iterable in self._iterables):
-            await self._pull_async()
-        else:
-            await self._pull_in_thread()
+        with self._scope:
+            if any(isinstance(iterable, AsyncIterable) for iterable in self._iterables):
+                await self._pull_async()
+            else:
+                await self._pull_in_thread()
 
     def _wake(self) -> None:
         self._changed.set()
@@ -98,13 +100,11 @@ class Feed:
         pulled = 0
         try:
             while True:
-                while self._room <= len(self._batch) and not self._stopped:
+                while self._room <= len(self._batch):
                     if self._batch:
                         self._hand_on()
                     else:
                         await self._changed.wait()
-                if self._stopped:
-                    return
                 try:
                     items = [await anext(iterator) for iterator in iterators]
                 except StopAsyncIteration:

@@ -50,6 +50,8 @@ class Parent:
         self._selector = selectors.DefaultSelector()
         self._client: Connection | None = None
         self._strangers: set[Connection] = set()
+        self._unwatched: set[Any] = set()  # in this turn of the loop
+        self._stalled: set[Any] = set()  # connections and channels whose buffer is full
         self._memory = MemoryWatch(settings.memory_bytes, enforced=settings.memory_enforced)
         self._queue: deque[Chunk] = deque()
         self._functions: dict[str, Buffer] = {}
@@ -106,9 +108,10 @@ class Parent:
 
     def _serve_once(self) -> None:
         self._flush()
+        self._unwatched.clear()
         for key, mask in self._selector.select(self._seconds_to_wait()):
             self._now = time.monotonic()
-            if mask & selectors.EVENT_READ and key.fileobj in self._selector.get_map():
+            if mask & selectors.EVENT_READ and key.fileobj not in self._unwatched:
                 key.data()
         self._now = time.monotonic()
         if self._terminated:
@@ -123,23 +126,27 @@ class Parent:
         self._selector.register(fileobj, selectors.EVENT_READ, handler)
 
     def _unwatch(self, fileobj: Any) -> None:
+        self._unwatched.add(fileobj)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(fileobj)
 
     def _flush(self) -> None:
         for target in (self._client, *self._strangers, *(slot.channel for slot in self._slots)):
-            if target is None or target.fileno() < 0:
+            if target is None or not (target.unsent or target in self._stalled):
                 continue
-            if target.unsent:
-                try:
-                    target.flush()
-                except OSError:
-                    if isinstance(target, Connection):
-                        self._drop(target)
-                    continue
+            try:
+                target.flush()
+            except OSError:
+                if isinstance(target, Connection):
+                    self._drop(target)
+                self._stalled.discard(target)
+                continue
             self._set_writing(target, wanted=target.unsent)
 
     def _set_writing(self, target: Any, *, wanted: bool) -> None:
+        if wanted == (target in self._stalled):
+            return
+        (self._stalled.add if wanted else self._stalled.discard)(target)
         try:
             key = self._selector.get_key(target)
         except KeyError:

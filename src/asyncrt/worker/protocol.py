@@ -33,6 +33,11 @@ VERSION: Final = 1
 PIECE_BYTES: Final = 1 << 20
 HEAD: Final = struct.Struct("!BBHIIQ")
 MORE: Final = 1
+_PIECE: Final = 18
+
+Header = dict[str, Any]
+_encode_json: Final = json.JSONEncoder(separators=(",", ":")).encode
+_decode_json: Final = json.JSONDecoder().decode
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -91,11 +96,31 @@ def allocate_anonymous(size_bytes: int) -> mmap.mmap:
     return mmap.mmap(-1, size_bytes)
 
 
+def dump_json(header: Header) -> bytes:
+    """Return a header as it travels."""
+    return _encode_json(header).encode()
+
+
+def load_json(packed: bytes) -> Any:
+    """Return what a header says.
+
+    Raises:
+        ValueError: Not JSON.
+    """
+    return _decode_json(packed.decode())
+
+
 def encode_head(
-    kind: int, header: dict[str, Any], body_bytes: int, *, flags: int = 0, stream: int = 0
+    kind: int,
+    header: Header,
+    body_bytes: int,
+    *,
+    flags: int = 0,
+    stream: int = 0,
+    dump: Callable[[Header], bytes] = dump_json,
 ) -> bytes:
     """Return head and header of a frame."""
-    packed = json.dumps(header, separators=(",", ":")).encode() if header else b""
+    packed = dump(header) if header else b""
     return HEAD.pack(VERSION, kind, flags, stream, len(packed), body_bytes) + packed
 
 
@@ -118,10 +143,15 @@ class _Stream:
         self.left = total
         self.opened = False
 
-    def next_piece(self, stream: int, piece_bytes: int) -> list[Buffer]:
+    def next_piece(
+        self, stream: int, piece_bytes: int, dump: Callable[[Header], bytes]
+    ) -> list[Buffer]:
         if not self.opened:
             self.opened = True
-            return [encode_head(self.kind, self.header, self.left, flags=MORE, stream=stream)]
+            head = encode_head(
+                self.kind, self.header, self.left, flags=MORE, stream=stream, dump=dump
+            )
+            return [head]
         size = min(self.left, piece_bytes)
         self.left -= size
         piece: list[Buffer] = [HEAD.pack(VERSION, Kind.PIECE, 0, stream, 0, size)]
@@ -140,7 +170,14 @@ class _Stream:
 class Outbox:
     """What is still to be written, in order of urgency. Segments are borrowed until written."""
 
-    def __init__(self, *, piece_bytes: int = PIECE_BYTES, streams_at_once: int = 8) -> None:
+    def __init__(
+        self,
+        *,
+        piece_bytes: int = PIECE_BYTES,
+        streams_at_once: int = 8,
+        dump: Callable[[Header], bytes] = dump_json,
+    ) -> None:
+        self._dump = dump
         self._piece_bytes = piece_bytes
         self._streams_at_once = streams_at_once
         self._small: list[Buffer] = []
@@ -155,7 +192,7 @@ class Outbox:
         """Queue one frame."""
         total = byte_length(body)
         if total <= self._piece_bytes:
-            self._small.append(encode_head(kind, header, total))
+            self._small.append(encode_head(kind, header, total, dump=self._dump))
             self._small.extend(body)
         else:
             self._waiting.append(_Stream(kind, header, body, total))
@@ -171,7 +208,7 @@ class Outbox:
         if not self._open:
             return []
         number, stream = self._open.popleft()
-        piece = stream.next_piece(number, self._piece_bytes)
+        piece = stream.next_piece(number, self._piece_bytes, self._dump)
         if stream.left:
             self._open.append((number, stream))
         return piece
@@ -200,7 +237,9 @@ class Decoder:
         *,
         allocate: Callable[[int], Buffer] = allocate_anonymous,
         buffer_bytes: int = 1 << 18,
+        load: Callable[[bytes], Any] = load_json,
     ) -> None:
+        self._load = load
         self.limits = limits
         self._allocate = allocate
         self._buffer = bytearray(buffer_bytes)
@@ -256,7 +295,7 @@ class Decoder:
                 raise ProtocolError(f"wire version {version}, this side speaks {VERSION}")
             if header_bytes > self.limits.header_bytes:
                 raise ProtocolError(f"header of {header_bytes} bytes is over the limit")
-            if kind == Kind.PIECE:
+            if kind == _PIECE:
                 self._begin_piece(stream, header_bytes, body_bytes)
                 self._start += HEAD.size
                 available = min(self._end - self._start, self._piece_left)
@@ -273,7 +312,7 @@ class Decoder:
                 break
             at = self._start + HEAD.size
             view = memoryview(self._buffer)
-            header = _parse_header(bytes(view[at : at + header_bytes]))
+            header = self._parse_header(bytes(view[at : at + header_bytes]))
             at += header_bytes
             if in_pieces:
                 self._open_stream(stream, kind, header, body_bytes)
@@ -339,14 +378,13 @@ class Decoder:
         elif self._start + needed > len(self._buffer):
             self._compact()
 
-
-def _parse_header(packed: bytes) -> dict[str, Any]:
-    if not packed:
-        return {}
-    try:
-        header = json.loads(packed)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("the header is not JSON") from error
-    if not isinstance(header, dict):
-        raise ProtocolError("the header is not an object")
-    return header
+    def _parse_header(self, packed: bytes) -> Header:
+        if not packed:
+            return {}
+        try:
+            header = self._load(packed)
+        except (ValueError, EOFError, TypeError, RecursionError) as error:
+            raise ProtocolError("the header cannot be read") from error
+        if not isinstance(header, dict):
+            raise ProtocolError("the header is not an object")
+        return header

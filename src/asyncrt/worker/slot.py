@@ -279,10 +279,10 @@ class Slot:
         if chunk is None:
             return
         first, count, done = header["first"], header["count"], header.get("done", False)
-        if done:
+        if "held" in header:
             self.peak_bytes, self.held_bytes = header["peak"], header["held"]
         chunk.sent = first + count
-        if done:
+        if "printed" in header:
             self.read_logs()  # what its calls printed was written before their outcomes
         records: Buffer = body
         seen = min(chunk.delivered - first, count)

@@ -375,7 +375,9 @@ class Dispatcher:
                 run.returned.append(((index,), attempt))
         return self._fill(now)
 
-    def unsendable(self, chunk: Chunk, failures: dict[int, Exception], *, now: float) -> list[Action]:
+    def unsendable(
+        self, chunk: Chunk, failures: dict[int, Exception], *, now: float
+    ) -> list[Action]:
         """Settle calls of a chunk that cannot be sent; the chunk is not on its way at all.
 
         The others are to be sent again.
@@ -405,7 +407,9 @@ class Dispatcher:
         if failures < run.retry.attempts and self._worth_retrying(run.retry, error):
             delay = run.retry.delay_before(failures + 1, draw=next(self._draw))
             run.waiting += 1
-            heapq.heappush(self._delayed, (now + delay, next(self._ticket), run, index, attempt + 1))
+            heapq.heappush(
+                self._delayed, (now + delay, next(self._ticket), run, index, attempt + 1)
+            )
             return [Retried(run, index, error, delay)]
         run.failures.pop(index)
         return [Failed(run, index, error, attempt)]

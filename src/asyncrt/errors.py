@@ -34,7 +34,11 @@ from typing import Any
 
 
 def _rebuild(cls: type[AsyncrtError], message: str, state: dict[str, Any]) -> AsyncrtError:
-    error = cls.__new__(cls)
+    # The builtin that gives the layout: __new__ of another base (MemoryError) refuses the class.
+    builtin: Any = cls
+    while builtin.__module__ != "builtins":
+        builtin = builtin.__base__
+    error: AsyncrtError = builtin.__new__(cls)
     Exception.__init__(error, message)
     error.__dict__.update(state)
     return error

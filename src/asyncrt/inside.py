@@ -56,6 +56,11 @@ class _Seat:
         self.timeout: float | None = None
         self.call: CurrentCall | None = None
 
+    def leave(self) -> None:
+        """Remove what the call that has ended leaves."""
+        if self.call is not None:
+            self.call.remove_scratch()
+
 
 seat = _Seat()
 

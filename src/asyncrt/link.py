@@ -141,7 +141,7 @@ class Link:
         self._stream = await self.worker.connect(self)
         self._pump()
         await self._live.wait()
-        if not self._stream:
+        if self._stream is None:
             raise ConnectionError("closed during the handshake")
         scope.deadline = float("inf")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 import logging
 import math
 import random
@@ -35,23 +33,19 @@ from asyncrt.events import Finished, Sent, Started
 from asyncrt.events import Requeued as RequeuedEntry
 from asyncrt.link import Link
 from asyncrt.options import PoolSettings
+from asyncrt.results import Outcomes, Part, annotate, facts_of, load_outcomes
 from asyncrt.run import Run
-from asyncrt.serialize import build_failure, load_error, pack_arguments
-from asyncrt.worker.payload import decode
+from asyncrt.serialize import pack_arguments
 from asyncrt.worker.protocol import Buffer, Frame, Kind, byte_length
-from asyncrt.worker.records import Outcome, iterate_records
 
 logger = logging.getLogger(__name__)
 
-_Part = tuple[Chunk | None, int, int]
-_Decoded = tuple[list[Any], dict[int, tuple[Exception, str]], "array[float]"]
 
 _LARGE_BYTES: Final = 1 << 20
 _HOLD_SECONDS: Final = 0.05
 _MAX_START_FAILURES: Final = 3
 _RESTART_SECONDS: Final = 0.1
 _SAY_SECONDS: Final = 5.0
-_LAST_LOG_LINES: Final = 10
 
 
 class WorkerPool:
@@ -236,7 +230,11 @@ class WorkerPool:
         for name, state in tuple(self._dispatcher.workers.items()):
             if spare <= 0:
                 return
-            if name not in self._draining and not state.chunks and now - state.idle_since >= timeout:
+            if (
+                name not in self._draining
+                and not state.chunks
+                and now - state.idle_since >= timeout
+            ):
                 self._dispatcher.drain(name)
                 self._draining.add(name)
                 self._links[name].send(Kind.DRAIN, {})
@@ -376,85 +374,34 @@ class WorkerPool:
         if len(frame.body) > _LARGE_BYTES and self._group is not None:
             self._group.start_soon(self._take_large, link, parts, frame.body)
         else:
-            for chunk, first, decoded in self._decode(link, parts, frame.body):
-                self._take(link, chunk, first, decoded)
-
-    async def _take_large(self, link: Link, parts: list[_Part], body: Buffer) -> None:
-        """Unpickle in a thread; the loop goes on between slices of a large object."""
-        found = await anyio.to_thread.run_sync(
-            lambda: list(self._decode(link, parts, body)), abandon_on_cancel=False
-        )
-        for chunk, first, decoded in found:
-            if self._dispatcher.chunk(link.name, chunk.id) is chunk:
-                self._take(link, chunk, first, decoded)
-
-    def _decode(
-        self, link: Link, parts: list[_Part], body: Buffer
-    ) -> Iterator[tuple[Chunk, int, _Decoded]]:
-        """Load outcomes. Touches nothing but its arguments: it may run in a thread."""
-        view = memoryview(body)
-        records = iterate_records(view, sum(count for _, _, count in parts))
-        for chunk, first, count in parts:
-            mine = itertools.islice(records, count)
-            if chunk is None:  # late news
-                deque(mine, maxlen=0)
-            else:
-                yield chunk, first, self._decode_part(link, chunk, first, view, mine)
-
-    def _decode_part(
-        self,
-        link: Link,
-        chunk: Chunk,
-        first: int,
-        body: memoryview,
-        records: Iterator[tuple[float, float, int, int, int]],
-    ) -> _Decoded:
-        values: list[Any] = []
-        errors: dict[int, tuple[Exception, str]] = {}
-        times = array("d")
-        offset = link.clock_offset
-        position = first
-        for started, ended, outcome, begin, end in records:
-            times.append(started + offset)
-            times.append(ended + offset)
-            value: Any = None
-            if outcome == Outcome.SUCCESS:
-                try:
-                    value = decode(body, begin, end)
-                except Exception as error:  # noqa: BLE001 - loading runs the user's own code
-                    errors[position] = _unloadable(error, self._facts(link, chunk, position)), ""
-            elif outcome == Outcome.RAISED:
-                facts = self._facts(link, chunk, position)
-                errors[position] = load_error(body[begin:end], _load, **facts)
-            else:
-                facts = self._facts(link, chunk, position)
-                errors[position] = build_failure(json.loads(bytes(body[begin:end])), **facts), ""
-            values.append(value)
-            position += 1
-        return values, errors, times
+            for outcomes in self._load(link, parts, frame.body):
+                self._take(link, outcomes)
 
     @staticmethod
-    def _facts(link: Link, chunk: Chunk, position: int) -> dict[str, Any]:
-        return {
-            "run_id": chunk.run.id,
-            "index": chunk.indexes[position],
-            "attempt": chunk.attempt,
-            "worker": link.name,
-        }
+    def _load(link: Link, parts: list[Part], body: Buffer) -> Iterator[Outcomes]:
+        return load_outcomes(parts, body, worker=link.name, clock_offset=link.clock_offset)
 
-    def _take(self, link: Link, chunk: Chunk, first: int, decoded: _Decoded) -> None:
-        values, errors, times = decoded
+    async def _take_large(self, link: Link, parts: list[Part], body: Buffer) -> None:
+        """Unpickle in a thread; the loop goes on between slices of a large object."""
+        found = await anyio.to_thread.run_sync(lambda: list(self._load(link, parts, body)))
+        for outcomes in found:
+            if self._dispatcher.chunk(link.name, outcomes.chunk.id) is outcomes.chunk:
+                self._take(link, outcomes)
+
+    def _take(self, link: Link, outcomes: Outcomes) -> None:
+        chunk, first, values = outcomes.chunk, outcomes.first, outcomes.values
+        errors, times = outcomes.errors, outcomes.times
         run = self._runs.get(chunk.run.id)
         if run is not None:
             for position, (error, trace) in errors.items():
-                _annotate(error, trace, run, self._facts(link, chunk, position))
-        busy = sum(times[1::2]) - sum(times[::2])
+                index = chunk.indexes[position]
+                annotate(error, trace, run.logs_of(index), facts_of(chunk, position, link.name))
         news, actions = self._dispatcher.finished(
             chunk,
             first,
             len(values),
             {position: error for position, (error, _) in errors.items()},
-            busy_seconds=busy,
+            busy_seconds=sum(times[1::2]) - sum(times[::2]),
             now=self._now(),
         )
         if run is not None and (news or errors):
@@ -615,31 +562,3 @@ def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
-
-
-def _load(packed: memoryview) -> Any:
-    return decode(packed, 0, packed.nbytes)
-
-
-def _unloadable(error: Exception, facts: dict[str, Any]) -> SerializationError:
-    failure = SerializationError(
-        f"the call succeeded, but its result cannot be loaded here: "
-        f"{type(error).__qualname__}: {error}",
-        **facts,
-    )
-    failure.__cause__ = error
-    return failure
-
-
-def _annotate(error: Exception, trace: str, run: Run[Any], facts: dict[str, Any]) -> None:
-    """Tell in a note of the exception where it comes from: it is the user's own, type and all."""
-    lines = [
-        f"asyncrt: call {facts['index']} of run {run.id}, attempt {facts['attempt']}, "
-        f"on {facts['worker']}"
-    ]
-    if trace:
-        lines += ["", "Remote traceback:", trace.rstrip()]
-    printed = run.logs_of(facts["index"]).splitlines()[-_LAST_LOG_LINES:]
-    if printed:
-        lines += ["", f"Its last {len(printed)} lines of output:", *printed]
-    error.add_note("\n".join(lines))

@@ -290,6 +290,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
                 raise self._values[index - self._base]
             if state == _DELIVERED:
                 raise RuntimeError(f"the result of call {index} was delivered and is not kept")
+            if self._error is not None and self._state == "failed":
+                raise self._error  # of the run: its input, its workers, another call
             if state == _CANCELLED or self._done.is_set():
                 raise RunCancelledError(f"call {index} of run {self.id} was cancelled")
             settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -309,7 +311,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     def _state_of(self, index: int) -> int:
         return _DELIVERED if index < self._base else self._states[index - self._base]
 
-    def status_of(self, index: int) -> Literal["queued", "sent", "succeeded", "failed", "cancelled"]:
+    def status_of(
+        self, index: int
+    ) -> Literal["queued", "sent", "succeeded", "failed", "cancelled"]:
         """Return where a call stands."""
         state = self._state_of(index)
         if state == _OPEN:

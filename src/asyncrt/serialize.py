@@ -217,7 +217,9 @@ def load_error(
         else:
             if isinstance(error, CallError):
                 error.__dict__.update(facts)
-            if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
+            if isinstance(error, Exception) and not isinstance(
+                error, StopIteration | StopAsyncIteration
+            ):
                 return error, trace
             reason = "a coroutine cannot raise it"
     remote = RemoteError(
@@ -238,4 +240,4 @@ def build_failure(described: dict[str, Any], **facts: Any) -> AsyncrtError:
     if issubclass(kind, CallError):
         built: AsyncrtError = kind(message, **described, **facts)
         return built
-    return kind(message)  # type: ignore[no-any-return]
+    return kind(message)

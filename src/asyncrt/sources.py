@@ -12,6 +12,7 @@ import anyio.lowlevel
 
 _ITEMS_BEFORE_CHECKPOINT: Final = 64
 _CLOSE_SECONDS: Final = 5.0
+_THREAD_SECONDS: Final = 0.2
 
 
 def as_sequences(iterables: Sequence[Any]) -> list[Sequence[Any]] | None:
@@ -128,32 +129,35 @@ class Feed:
         """Pull in a thread, since a blocking input must not block the loop.
 
         A thread that is inside the input's ``next()`` cannot be stopped; it is a daemon, and ends when
-        the input lets it.
+        the input lets it. It is waited for a moment, and then left.
         """
         iterables = self._iterables
         inputs = iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
-        ended: asyncio.Future[None] = self._loop.create_future()
+        ended = anyio.Event()
+        raised: list[BaseException] = []
 
         def arrived(items: list[Any]) -> None:
             self._batch.extend(items)
             self._hand_on()
 
         def finished(error: BaseException | None) -> None:
-            if ended.done():
-                return
-            if error is None:
-                ended.set_result(None)
-            else:
-                ended.set_exception(error)
+            if error is not None:
+                raised.append(error)
+            ended.set()
 
-        self._thread = _Puller(
+        thread = self._thread = _Puller(
             inputs, room=self._room, loop=self._loop, arrived=arrived, finished=finished
         )
-        self._thread.start()
+        thread.start()
         try:
-            await ended
+            await ended.wait()
         finally:
-            self._thread.stop()
+            thread.stop()
+            with anyio.move_on_after(_THREAD_SECONDS, shield=True):
+                await ended.wait()
+                thread.join()  # at once: telling its end was the last thing it did
+        if raised:
+            raise raised[0]
 
 
 class _Puller(threading.Thread):

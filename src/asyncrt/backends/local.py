@@ -54,9 +54,7 @@ class LocalBackend:
         self._spawn = spawn or ("exec" if sys.platform == "darwin" else "fork")
 
     @asynccontextmanager
-    async def open_pool(
-        self, settings: PoolSettings, *, token: bytes
-    ) -> AsyncIterator[LocalPool]:
+    async def open_pool(self, settings: PoolSettings, *, token: bytes) -> AsyncIterator[LocalPool]:
         """Open a pool. See ``Backend.open_pool``."""
         if settings.runtime is not None:
             raise ConfigError(
@@ -364,9 +362,7 @@ def available_cpus() -> int:
 
 def _start_error(end: WorkerExit) -> WorkerStartError:
     tail = f":\n{end.log_tail}" if end.log_tail else ""
-    return WorkerStartError(
-        f"{end.reason}{tail}", log_tail=end.log_tail, exit_code=end.exit_code
-    )
+    return WorkerStartError(f"{end.reason}{tail}", log_tail=end.log_tail, exit_code=end.exit_code)
 
 
 def _short_directory() -> str | None:

@@ -24,9 +24,7 @@ def prove(token: bytes, role: str, worker_nonce: str, client_nonce: str) -> str:
     return hmac.digest(token, text, "sha256").hex()
 
 
-def verify(
-    proof: Any, token: bytes, role: str, worker_nonce: str, client_nonce: str
-) -> None:
+def verify(proof: Any, token: bytes, role: str, worker_nonce: str, client_nonce: str) -> None:
     """Check the other side's proof.
 
     Raises:

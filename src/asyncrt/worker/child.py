@@ -132,8 +132,7 @@ class Child:
                 if stream.pending:
                     stream.flush()
             self._write(started, outcome, segments)
-            if seat.call is not None:
-                seat.call.remove_scratch()
+            seat.leave()
         else:
             take(self._tokens)  # the end
         seat.run_id = None
@@ -304,7 +303,11 @@ def _text(error: BaseException) -> str:
 
 
 def _type_name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def peak_bytes() -> int:

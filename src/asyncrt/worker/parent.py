@@ -450,11 +450,10 @@ class Parent:
         except OSError:
             slot.close()  # that the server is gone is noticed where its channel is read
             return
-        for fileobj, name in slot.descriptors():
-            if name == "channel":
-                self._watch(fileobj, lambda: self._on_child(slot))
-            else:
-                self._watch(fileobj, lambda fd=fileobj, name=name: self._on_log(slot, fd, name))
+        self._watch(slot.channel, lambda: self._on_child(slot))
+        out, err = slot.out, slot.err
+        self._watch(out, lambda: self._on_log(slot, out, "out"))
+        self._watch(err, lambda: self._on_log(slot, err, "err"))
 
     def _on_child(self, slot: Slot) -> None:
         if not slot.receive_some():
@@ -474,7 +473,7 @@ class Parent:
                 return self._memory_verdict(slot)
             return explain_exit(code, slot.tail)
 
-        for fileobj, _ in slot.descriptors():
+        for fileobj in (slot.channel, slot.out, slot.err):
             self._unwatch(fileobj)
         slot.on_exit(code, explain)
         self._spawn(slot)
@@ -519,7 +518,11 @@ class Parent:
         template = self._template
         if template is not None and template.ready and wanted == template.function:
             return template
-        if wanted in self._functions and wanted not in self._tried and self._settings.spawn == "fork":
+        if (
+            wanted in self._functions
+            and wanted not in self._tried
+            and self._settings.spawn == "fork"
+        ):
             self._start_template(str(wanted))
         return self._server
 

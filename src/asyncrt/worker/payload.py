@@ -84,7 +84,7 @@ def encode(value: Any, make_pickler: _PicklerFactory, *, base: int = 0) -> list[
         return [pickle.dumps(value, 5)]
     sink = SegmentSink()
     try:
-        _PlainPickler(sink, 5).dump(value)  # type: ignore[arg-type]
+        _PlainPickler(sink, 5).dump(value)
     except _ReferenceNeeded:
         pass
     else:

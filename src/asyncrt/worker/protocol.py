@@ -136,7 +136,9 @@ class _Stream:
 
     __slots__ = ("header", "kind", "left", "opened", "segments")
 
-    def __init__(self, kind: int, header: dict[str, Any], segments: Sequence[Buffer], total: int):
+    def __init__(
+        self, kind: int, header: dict[str, Any], segments: Sequence[Buffer], total: int
+    ) -> None:
         self.kind = kind
         self.header = header
         self.segments = deque(memoryview(segment).cast("B") for segment in segments)
@@ -148,10 +150,9 @@ class _Stream:
     ) -> list[Buffer]:
         if not self.opened:
             self.opened = True
-            head = encode_head(
-                self.kind, self.header, self.left, flags=MORE, stream=stream, dump=dump
-            )
-            return [head]
+            return [
+                encode_head(self.kind, self.header, self.left, flags=MORE, stream=stream, dump=dump)
+            ]
         size = min(self.left, piece_bytes)
         self.left -= size
         piece: list[Buffer] = [HEAD.pack(VERSION, Kind.PIECE, 0, stream, 0, size)]
@@ -302,9 +303,7 @@ class Decoder:
                 self._copy_to_piece(available, frames)
                 continue
             in_pieces = bool(flags & MORE)
-            if body_bytes > self.limits.body_bytes or (
-                not in_pieces and body_bytes > PIECE_BYTES
-            ):
+            if body_bytes > self.limits.body_bytes or (not in_pieces and body_bytes > PIECE_BYTES):
                 raise ProtocolError(f"body of {body_bytes} bytes is over the limit")
             needed = HEAD.size + header_bytes + (0 if in_pieces else body_bytes)
             if available < needed:
@@ -317,7 +316,9 @@ class Decoder:
             if in_pieces:
                 self._open_stream(stream, kind, header, body_bytes)
             else:
-                frames.append(Frame(kind, header, bytes(view[at : at + body_bytes])))
+                # A bytearray, so that arrays in it can be written, like those in large bodies.
+                body = bytearray(view[at : at + body_bytes]) if body_bytes else b""
+                frames.append(Frame(kind, header, body))
             self._start += needed
         return frames
 
@@ -326,7 +327,10 @@ class Decoder:
             raise ProtocolError("too many bodies at once")
         if stream in self._streams or not total:
             raise ProtocolError(f"stream {stream} opened twice, or empty")
-        memory = self._allocate(total)
+        try:
+            memory = self._allocate(total)
+        except (OSError, MemoryError, OverflowError) as error:
+            raise ProtocolError(f"no memory for a body of {total} bytes") from error
         self._streams[stream] = _Incoming(Frame(kind, header, memory), memoryview(memory))
 
     def _begin_piece(self, stream: int, header_bytes: int, size: int) -> None:

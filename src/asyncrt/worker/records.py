@@ -32,9 +32,7 @@ class Outcome(IntEnum):
     FAILED = 2  # told by the worker's parent: timeout, crash, memory, cancel
 
 
-def iterate_records(
-    body: memoryview, count: int
-) -> Iterator[tuple[float, float, int, int, int]]:
+def iterate_records(body: memoryview, count: int) -> Iterator[tuple[float, float, int, int, int]]:
     """Yield ``(started, ended, outcome, payload start, payload end)`` of each record.
 
     Raises:

@@ -1,9 +1,9 @@
-"""The process that makes children: single-threaded, with cloudpickle loaded, and nothing else to do.
+"""The process that makes children: single-threaded, with cloudpickle loaded, and nothing else.
 
 Forking it costs milliseconds, and the children share its memory. It never runs user code. For
 functions whose import is expensive it forks a *template*: a copy of itself that loads the function
-and then serves in its place. A function was loaded by a child before it is given to a template, and a
-template that died, or that has more than one thread after loading (a fork would copy locks that
+and then serves in its place. A function was loaded by a child before it is given to a template, and
+a template that died, or that has more than one thread after loading (a fork would copy locks that
 nobody holds), is simply not used.
 """
 
@@ -30,7 +30,9 @@ _PR_SET_PDEATHSIG = 1
 class Server:
     """Forks (or, where fork is unsafe, executes) children when the parent asks, and reaps them."""
 
-    def __init__(self, channel: Channel, *, spawn: str, loaded: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, channel: Channel, *, spawn: str, loaded: dict[str, Any] | None = None
+    ) -> None:
         self._channel = channel
         self._spawn = spawn
         self._loaded = loaded or {}
@@ -54,12 +56,13 @@ class Server:
             self._reap()
 
     def _serve_once(self) -> bool:
-        readable, _, _ = select.select([self._channel, self._wakeup_read], [], [])
+        channel_fd = self._channel.fileno()
+        readable, _, _ = select.select([channel_fd, self._wakeup_read], [], [])
         if self._wakeup_read in readable:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wakeup_read, 4096)
             self._reap()
-        if self._channel in readable:
+        if channel_fd in readable:
             received = self._channel.receive()
             if received is None:
                 return False
@@ -85,11 +88,11 @@ class Server:
         if self._spawn == "exec":
             return self._execute_child(descriptors, mark)
         pid = os.fork()
-        if pid:
-            _set_group(pid)
-            self._running[pid] = None
-            return pid
-        self._become_child(descriptors, mark)
+        if not pid:
+            self._become_child(descriptors, mark)
+        _set_group(pid)
+        self._running[pid] = None
+        return pid
 
     def _become_child(self, descriptors: Sequence[int], mark: str) -> NoReturn:
         status = 1
@@ -170,9 +173,7 @@ class Server:
                     self._channel.send(Kind.EXITED, {"child": child, "code": code})
 
 
-def run_child_on(
-    control: int, tokens: int, board: int, mark: str, loaded: dict[str, Any]
-) -> None:
+def run_child_on(control: int, tokens: int, board: int, mark: str, loaded: dict[str, Any]) -> None:
     """Run calls in this process on descriptors that the parent made."""
     from asyncrt.worker.child import BOARD_BYTES, run_child  # noqa: PLC0415 - see run_server
 
@@ -228,7 +229,7 @@ def _become_victim() -> None:
 
 
 def _seed() -> None:
-    """Give each fork its own random numbers. ``random`` does that itself, numpy's global state not."""
+    """Give each fork its own random numbers: ``random`` does that itself, numpy does not."""
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()

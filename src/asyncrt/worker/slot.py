@@ -168,10 +168,6 @@ class Slot:
             its.close()
             close_descriptors((out, err))
 
-    def descriptors(self) -> list[tuple[Any, str]]:
-        """Return what the parent waits on, with the name of what it is."""
-        return [(self.channel, "channel"), (self.out, "out"), (self.err, "err")]
-
     def retire(self) -> None:
         """Let the child end by itself; it has no chunk."""
         self.retiring = True

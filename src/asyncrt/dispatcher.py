@@ -3,8 +3,8 @@
 A pure state machine: methods are events, they return actions, and somebody else acts. No clock (the
 time is an argument), no I/O, no tasks. Calls are numbers here; what they are lies with the run.
 
-The chunk is the unit of dispatch. Whatever becomes of it, each of its calls is settled exactly once:
-late, duplicate and unknown news are ordinary branches.
+The chunk is the unit of dispatch. Whatever becomes of it, each of its calls is settled exactly
+once: late, duplicate and unknown news are ordinary branches.
 """
 
 from __future__ import annotations

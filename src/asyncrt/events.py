@@ -1,7 +1,8 @@
 """What happened to the calls of a run, as typed, timestamped events.
 
-The run keeps entries of whole chunks; events of single calls are made from them when somebody reads.
-Times are values of ``anyio.current_time()`` on the client; what a worker measured is translated.
+The run keeps entries of whole chunks; events of single calls are made from them when somebody
+reads. Times are values of ``anyio.current_time()`` on the client; what a worker measured is
+translated.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ class Queued(Entry):
     """Calls were taken from the input."""
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         return (CallQueued(self.time, index) for index in self.indexes)
 
 
@@ -132,6 +134,7 @@ class Sent(Entry):
     worker: str
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         return (CallSent(self.time, index, self.attempt, self.worker) for index in self.indexes)
 
 
@@ -143,6 +146,7 @@ class Started(Entry):
     worker: str
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         return (CallStarted(self.time, index, self.attempt, self.worker) for index in self.indexes)
 
 
@@ -156,6 +160,7 @@ class Finished(Entry):
     failures: Mapping[int, tuple[Exception, float | None]] = field(default_factory=dict)
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         for position, index in enumerate(self.indexes):
             started, ended = self.times[2 * position], self.times[2 * position + 1]
             yield CallStarted(started, index, self.attempt, self.worker)
@@ -173,6 +178,7 @@ class Requeued(Entry):
     worker: str
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         return (CallReturnedToQueue(self.time, index, self.worker) for index in self.indexes)
 
 
@@ -181,6 +187,7 @@ class Cancelled(Entry):
     """Calls were given up."""
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         return (CallCancelled(self.time, index) for index in self.indexes)
 
 
@@ -192,6 +199,7 @@ class Ended(Entry):
     error: BaseException | None
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         return iter((RunEnded(self.time, self.state, self.error),))
 
 

@@ -46,8 +46,9 @@ class Executor:
         async with asyncrt.Executor(max_workers=4) as executor:
             thumbnails = await executor.map(resize, paths)
 
-    Leaving the block normally waits for what was started (input that was not pulled yet is dropped);
-    leaving it by an exception, a cancellation or Ctrl-C kills it. Either way no process is left.
+    Leaving the block normally waits for what was started (input that was not pulled yet is
+    dropped); leaving it by an exception, a cancellation or Ctrl-C kills it. Either way no process
+    is left.
 
     Args:
         config: A ``Config``, the path of a configuration file, or ``None`` to look for one in the
@@ -136,7 +137,8 @@ class Executor:
 
         Raises:
             TypeError: Not a function that can run elsewhere.
-            SerializationError: The function cannot be pickled. (Arguments that cannot are told by the
+            SerializationError: The function cannot be pickled. (Arguments that cannot are told by
+            the
                 call.)
             ExecutorClosedError: The executor is not open.
         """
@@ -175,9 +177,10 @@ class Executor:
 
         Args:
             fn: A plain or ``async def`` function, a lambda, a partial, a method, any callable.
-            iterables: Inputs; with several, the calls get one item of each, up to the shortest. Sized
-                ones are taken whole. Iterators and async iterables may be infinite: they are pulled as
-                results are consumed, blocking ones in a thread.
+            iterables: Inputs; with several, the calls get one item of each, up to the shortest.
+            Sized
+                ones are taken whole. Iterators and async iterables may be infinite: they are pulled
+                as results are consumed, blocking ones in a thread.
             kwargs: Keyword arguments that all calls share; they travel once.
             options: See ``CallOptions``.
 
@@ -214,7 +217,7 @@ class Executor:
         """
         settings, host = self._opened()
         view = _View()
-        view._config = self._config  # noqa: SLF001
+        view._config = self._config
         view._options = {**self._options, **options}
         view._settings = settings.updated(options)
         view._host = host
@@ -279,7 +282,7 @@ async def connect(
     Close it with ``await executor.aclose()``, in whichever task or cell. See ``Executor``.
     """
     executor = Executor(config=config, **options)
-    await executor._open()  # noqa: SLF001
+    await executor._open()
     return executor
 
 
@@ -325,7 +328,7 @@ class _Host:
             self._closing.set()
 
     async def _tick(self) -> None:
-        """Let time pass for the pools. It also wakes an idle loop, so that an interrupt is noticed."""
+        """Let time pass for the pools. It also wakes an idle loop, which then sees an interrupt."""
         while True:
             await anyio.sleep(_TICK_SECONDS)
             for pool in tuple(self._pools.values()):

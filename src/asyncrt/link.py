@@ -218,7 +218,7 @@ class Link:
         self.send(Kind.FUNCTION, header, function.segments)
 
     def _pump_soon(self) -> None:
-        """Write the first frame of a turn of the loop at once, the rest at its end, in one piece."""
+        """Write the first frame of a turn of the loop at once, the rest together at its end."""
         if not self._pumping:
             self._pumping = True
             self._schedule(0.0, self._pump_rest)
@@ -233,12 +233,15 @@ class Link:
             if not self._stream.write(self._outbox.take()):
                 return  # ``writable`` goes on
 
-    # -- reading: Receiver --------------------------------------------------------------------------
+    # -- reading: Receiver
+    --------------------------------------------------------------------------
 
     def get_buffer(self) -> memoryview:
+        """See ``Receiver``."""
         return self._decoder.get_buffer()
 
     def received(self, size: int) -> None:
+        """See ``Receiver``."""
         self._last_heard = self._now()
         try:
             for frame in self._decoder.received(size):
@@ -252,9 +255,11 @@ class Link:
             self._give_up(error)
 
     def writable(self) -> None:
+        """See ``Receiver``."""
         self._pump()
 
     def closed(self, error: Exception | None) -> None:
+        """See ``Receiver``."""
         self._stream = None
         if self._step != "live":
             self._step = "closed"

@@ -80,7 +80,7 @@ class WorkerPool:
     # -- life -------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep the pool until cancelled. A failure of the backend ends its runs, not the executor."""
+        """Keep the pool until cancelled. A backend that fails ends its runs, not the executor."""
         try:
             async with (
                 self._backend.open_pool(self._settings, token=self._token) as handle,

@@ -8,7 +8,6 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
-
 from asyncrt.call import Call
 from asyncrt.dispatcher import RunQueue
 from asyncrt.errors import RunCancelledError, RunDeadlineError
@@ -50,13 +49,13 @@ class RunOwner(Protocol):
 class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     """The calls of one ``map``. They are on their way already.
 
-    Either await it: ``results = await run`` gives the list of all results, in input order, and may be
-    repeated. Or iterate it, once: ``async for result in run`` gives results as they come, in input
-    order unless ``ordered=False``. Doing both is an error.
+    Either await it: ``results = await run`` gives the list of all results, in input order, and may
+    be repeated. Or iterate it, once: ``async for result in run`` gives results as they come, in
+    input order unless ``ordered=False``. Doing both is an error.
 
-    The first failure is raised when it happens, as the user's own exception, and cancels what has not
-    finished; ``return_exceptions=True`` puts failures in place of results instead. Cancelling who
-    waits cancels the run; leaving ``async with run`` does, too.
+    The first failure is raised when it happens, as the user's own exception, and cancels what has
+    not finished; ``return_exceptions=True`` puts failures in place of results instead. Cancelling
+    who waits cancels the run; leaving ``async with run`` does, too.
     """
 
     def __init__(
@@ -193,7 +192,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         return cast("R", self._deliver(index))
 
     async def as_completed(self) -> AsyncIterator[Call[R]]:
-        """Iterate over calls as they end, whatever ``ordered`` says. Counts as the one iteration."""
+        """Iterate over calls as they end, whatever ``ordered`` says. Is the one iteration."""
         self._begin_iteration()
         while (index := await self._next_settled(ordered=False)) is not None:
             self._delivered += 1

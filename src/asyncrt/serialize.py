@@ -57,9 +57,11 @@ def check_function(fn: Any) -> None:
         raise TypeError(f"expected a function, not a coroutine object: pass {name}, not {name}()")
     if not callable(fn):
         raise TypeError(f"expected a function, not {type(fn).__name__}: {fn!r:.100}")
-    inner = inspect.unwrap(fn) if inspect.isfunction(fn) else fn
+    inner = fn
     while isinstance(inner, functools.partial):
         inner = inner.func
+    if not inspect.isroutine(inner) and not isinstance(inner, type):
+        inner = type(inner).__call__
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         raise TypeError(
             f"{label_of(fn)} is a generator function, whose result cannot travel: "
@@ -77,8 +79,8 @@ def label_of(fn: Any) -> str:
 class FunctionPacker:
     """Pickles functions, and remembers those that cannot have changed.
 
-    A function that refers to a variable is pickled anew each time: in a notebook it may have changed.
-    One that is nothing but its code need not be, and pickling is a sixth of a round trip.
+    A function that refers to a variable is pickled anew each time: in a notebook it may have
+    changed. One that is nothing but its code need not be, and pickling is a sixth of a round trip.
     """
 
     def __init__(self) -> None:

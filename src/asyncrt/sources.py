@@ -80,6 +80,8 @@ class Feed:
         Raises:
             Exception: Whatever an input raises.
         """
+        if self._stopped:
+            return
         with self._scope:
             if any(isinstance(iterable, AsyncIterable) for iterable in self._iterables):
                 await self._pull_async()
@@ -128,8 +130,8 @@ class Feed:
     async def _pull_in_thread(self) -> None:
         """Pull in a thread, since a blocking input must not block the loop.
 
-        A thread that is inside the input's ``next()`` cannot be stopped; it is a daemon, and ends when
-        the input lets it. It is waited for a moment, and then left.
+        A thread that is inside the input's ``next()`` cannot be stopped; it is a daemon, and ends
+        when the input lets it. It is waited for a moment, and then left.
         """
         iterables = self._iterables
         inputs = iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)

@@ -64,7 +64,7 @@ class LocalBackend:
             )
         directory = Path(tempfile.mkdtemp(prefix="asyncrt-", dir=_short_directory()))
         program = directory / "worker.pyz"
-        program.write_bytes(await anyio.to_thread.run_sync(pack_worker))
+        await anyio.to_thread.run_sync(lambda: program.write_bytes(pack_worker()))
         pool = LocalPool(settings, token, directory, program, self._spawn)
         try:
             yield pool
@@ -96,7 +96,7 @@ class LocalPool:
         return max(1, available_cpus() // self._settings.slots)
 
     async def start_worker(self) -> LocalWorker:
-        """Start a subprocess. It is connected to as soon as it listens: its socket exists already."""
+        """Start a subprocess. It can be connected to at once: its socket exists already."""
         number = next(self._numbers)
         path = self._directory / f"{number}.sock"
         group = make_memory_group(self._settings.memory_bytes, f"{self._directory.name}-{number}")
@@ -366,6 +366,6 @@ def _start_error(end: WorkerExit) -> WorkerStartError:
 
 
 def _short_directory() -> str | None:
-    """Return a directory whose sockets have paths that the system takes; ``None`` for the default."""
+    """Return a directory whose sockets have paths that the system takes; ``None``: the default."""
     usual = tempfile.gettempdir()
     return None if len(usual) + 40 < _LONGEST_SOCKET_PATH else "/tmp"  # noqa: S108 - mkdtemp is private

@@ -1,10 +1,11 @@
 """Frames between the worker's own processes: a Unix socket that also carries file descriptors.
 
-A large body is not written to the socket. It lies in shared memory, and its descriptor travels: what
-the parent received from the client is mapped by the child, without a copy, and the other way round.
+A large body is not written to the socket. It lies in shared memory, and its descriptor travels:
+what the parent received from the client is mapped by the child, without a copy, and the other way
+round.
 
-Headers are marshalled, not JSON: both ends are one program on one interpreter, and this is the hottest
-path (a tenth of a round trip).
+Headers are marshalled, not JSON: both ends are one program on one interpreter, and this is the
+hottest path (a tenth of a round trip).
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def share(segments: Sequence[Buffer], total: int) -> SharedMemory:
 class Channel:
     """One end. Blocking or not is a matter of its socket.
 
-    A frame's header says ``"fds": n`` if descriptors came with it, and ``"blob": size`` if the last of
-    them is its body.
+    A frame's header says ``"fds": n`` if descriptors came with it, and ``"blob": size`` if the last
+    of them is its body.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -139,7 +140,7 @@ class Channel:
         return True
 
     def receive(self) -> list[tuple[Frame, list[int]]] | None:
-        """Return the frames that one read completes, each with its descriptors; ``None`` at the end.
+        """Return the frames that one read completes, with their descriptors; ``None`` at the end.
 
         Raises:
             BlockingIOError: Nothing there, on a non-blocking socket.

@@ -189,8 +189,9 @@ class Child:
         if done:
             header["done"] = True
             self._measure(header)
-            if any([stream.take_printed() for stream in self._streams]):
-                header["printed"] = True
+            for stream in self._streams:
+                if stream.take_printed():
+                    header["printed"] = True
         self._first += count
         self._channel.send(Kind.RESULT, header, records)
 
@@ -231,7 +232,7 @@ def _run_call(
         return Outcome.SUCCESS, dump_result(value, base=RECORD.size)
     except Exception as error:  # noqa: BLE001 - any object's own reduction may raise anything
         reason = _explained(
-            f"the call succeeded, but its result of type {_type_name(type(value))} cannot be pickled",
+            f"the call succeeded, but its result (a {_type_name(type(value))}) cannot be pickled",
             error,
         )
         return Outcome.RAISED, [_describe(reason)]
@@ -328,9 +329,9 @@ def held_bytes() -> int:
 class LogStream(io.TextIOBase):
     """Standard output or error of a child: line by line, each call's text marked as its own.
 
-    The mark goes through the same pipe as the text, before the first text of each call, so that it is
-    right also for calls that last microseconds. Code that writes to the descriptor itself is taken
-    for output of the call that printed last.
+    The mark goes through the same pipe as the text, before the first text of each call, so that it
+    is right also for calls that last microseconds. Code that writes to the descriptor itself is
+    taken for output of the call that printed last.
     """
 
     def __init__(self, fd: int, mark: str) -> None:

@@ -53,7 +53,7 @@ class MemoryWatch:
 
 
 def held_by(pid: int) -> int:
-    """Return the resident memory of a process in bytes; 0 if it is gone or the system does not say."""
+    """Return the resident memory of a process in bytes; 0 if it is gone or not known."""
     try:
         return int(_read(f"/proc/{pid}/statm").split()[1]) * resource.getpagesize()
     except (OSError, IndexError, ValueError):

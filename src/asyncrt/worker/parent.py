@@ -199,7 +199,7 @@ class Parent:
             os.write(2, f"asyncrt worker: dropped a connection: {error!r}\n".encode())
 
     def _adopt(self, connection: Connection) -> None:
-        """Make a connection that met the challenge the client's; an older one is dead or will be."""
+        """Make a connection that met the challenge the client's; an older one is as good as dead."""
         self._strangers.discard(connection)
         if self._client is not None:
             self._drop(self._client)
@@ -218,10 +218,8 @@ class Parent:
         for connection in (self._client, *tuple(self._strangers)):
             if connection is not None and self._now - connection.last_heard > silence:
                 self._drop(connection)
-        if self._client is None:
-            if self._now - self._last_client > self._settings.orphan_timeout:
-                self._ending = "quit"
-        if self._now >= self._end_at:
+        absent = self._now - self._last_client if self._client is None else 0.0
+        if absent > self._settings.orphan_timeout or self._now >= self._end_at:
             self._ending = "quit"
 
     def _facts(self) -> dict[str, Any]:
@@ -317,10 +315,9 @@ class Parent:
                 chunk = self._next_chunk()
                 if chunk is None:
                     return
-                try:
+                # A child that has just died: its exit, which is on its way, settles the chunk.
+                with contextlib.suppress(OSError):
                     slot.begin(chunk, self._functions[chunk.function], now=self._now)
-                except OSError:
-                    pass  # it has just died: its exit, which is on its way, settles the chunk
 
     def _next_chunk(self) -> Chunk | None:
         """Take the first chunk whose function has arrived."""

@@ -5,8 +5,8 @@ protocol 5), an envelope: the pickle, then each buffer on a 64-byte boundary of 
 arrays are views of what was received and aligned. Which of the two is told by the first byte: every
 pickle of protocol 2 or more begins with 0x80.
 
-Nothing large is copied on the way out: a ``bytes`` object over 64 KiB is handed to the pickler's file
-as it is, and becomes a segment.
+Nothing large is copied on the way out: a ``bytes`` object over 64 KiB is handed to the pickler's
+file as it is, and becomes a segment.
 """
 
 from __future__ import annotations
@@ -138,10 +138,6 @@ class _SlicedReader(io.RawIOBase):
             into[start:end] = self._view[self._at + start : self._at + end]
         self._at += total
         return total
-
-    def readline(self, size: int | None = -1) -> bytes:
-        end = bytes(self._view[self._at : self._at + 4096]).find(b"\n")
-        return self.read(size if size is not None and size >= 0 else end + 1)
 
 
 def decode(body: memoryview, start: int, end: int) -> Any:

@@ -10,8 +10,8 @@ A frame is a fixed head, a JSON header and a raw body::
     8       4      length of the header
     12      8      length of the body (of the whole one if it comes in pieces)
 
-All numbers are big-endian. A body over ``PIECE_BYTES`` travels in pieces, between which other frames
-may pass: a heartbeat or a cancel never queues behind a gigabyte.
+All numbers are big-endian. A body over ``PIECE_BYTES`` travels in pieces, between which other
+frames may pass: a heartbeat or a cancel never queues behind a gigabyte.
 
 Nothing here does I/O. ``Outbox`` says what to write next, ``Decoder`` takes what was read.
 (No dataclasses in the worker's parent: importing them costs a fifth of its start.)

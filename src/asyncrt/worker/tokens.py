@@ -1,9 +1,9 @@
 """Who runs a call: whoever took its token. The kernel is the lock.
 
-For each call of a chunk the parent writes one ``CALL`` byte into a socket, then one ``END``. The child
-reads a byte before it begins a call. The parent holds the reading end too: it takes calls back by
-reading them itself, and the bytes that are left tell which call is running. No message, no wakeup,
-and it holds when the child dies at any point.
+For each call of a chunk the parent writes one ``CALL`` byte into a socket, then one ``END``. The
+child reads a byte before it begins a call. The parent holds the reading end too: it takes calls
+back by reading them itself, and the bytes that are left tell which call is running. No message, no
+wakeup, and it holds when the child dies at any point.
 """
 
 from __future__ import annotations

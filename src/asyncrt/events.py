@@ -172,6 +172,25 @@ class Finished(Entry):
 
 
 @dataclass(slots=True)
+class Lost(Entry):
+    """A call failed for good although no worker ran it to an end.
+
+    ``sent`` tells whether it was with one: else it could not even be sent.
+    """
+
+    attempt: int
+    worker: str
+    error: Exception
+    sent: bool
+
+    def events(self) -> Iterator[Event]:
+        return (
+            CallFailed(self.time, index, self.attempt, self.worker, self.time, self.error, None)
+            for index in self.indexes
+        )
+
+
+@dataclass(slots=True)
 class Requeued(Entry):
     """Calls came back without having run to an end."""
 
@@ -257,6 +276,9 @@ class Stats:
                 self.failed += final
                 self.retried += len(entry.failures) - final
                 self.busy_seconds += sum(entry.times[1::2]) - sum(entry.times[::2])
+            case Lost():
+                self.sent -= count * entry.sent
+                self.failed += count
             case Requeued():
                 self.sent -= count
                 self.requeued += count

@@ -233,8 +233,7 @@ class Link:
             if not self._stream.write(self._outbox.take()):
                 return  # ``writable`` goes on
 
-    # -- reading: Receiver
-    --------------------------------------------------------------------------
+    # -- reading: Receiver ------------------------------------------------------------------------
 
     def get_buffer(self) -> memoryview:
         """See ``Receiver``."""

@@ -29,7 +29,7 @@ from asyncrt.dispatcher import (
     Send,
 )
 from asyncrt.errors import AsyncrtError, SerializationError, WorkerStartError
-from asyncrt.events import Finished, Sent, Started
+from asyncrt.events import Finished, Lost, Sent, Started
 from asyncrt.events import Requeued as RequeuedEntry
 from asyncrt.link import Link
 from asyncrt.options import PoolSettings
@@ -275,7 +275,9 @@ class WorkerPool:
     def _lose(self, link: Link) -> None:
         self._links.pop(link.name, None)
         self._draining.discard(link.name)
-        self._act(self._dispatcher.worker_lost(link.name, now=self._now()))
+        actions = self._dispatcher.worker_lost(link.name, now=self._now())
+        self._record_lost(actions, link.name, sent=True)
+        self._act(actions)
         for run in tuple(self._leaving.values()):
             self._check_quiet(run)
 
@@ -446,6 +448,13 @@ class WorkerPool:
         now = self._now()
         run.log.append(Finished(now, indexes, chunk.attempt, chunk.worker, kept, failures))
 
+    def _record_lost(self, actions: Sequence[Action], worker: str, *, sent: bool) -> None:
+        for action in actions:
+            if isinstance(action, Failed) and (run := self._runs.get(action.run.id)) is not None:
+                run.log.append(
+                    Lost(self._now(), (action.index,), action.attempts, worker, action.error, sent)
+                )
+
     def _after_news(self, chunk: Chunk) -> None:
         if chunk.run.id in self._leaving:
             self._check_quiet(self._leaving[chunk.run.id])
@@ -509,7 +518,9 @@ class WorkerPool:
                 body += segments
                 size += byte_length(segments)
         if failures:
-            self._act(self._dispatcher.unsendable(chunk, failures, now=self._now()))
+            actions = self._dispatcher.unsendable(chunk, failures, now=self._now())
+            self._record_lost(actions, chunk.worker, sent=False)
+            self._act(actions)
             return
         self._dispatcher.measured(chunk.run, len(chunk.indexes), size)
         settings, indexes = run.settings, chunk.indexes

@@ -71,9 +71,7 @@ class LocalBackend:
         finally:
             with anyio.CancelScope(shield=True):
                 await pool.aclose()
-            program.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+            _remove(program, directory)
 
 
 class LocalPool:
@@ -351,6 +349,14 @@ class _SocketStream:
             self._socket.close()
             self._writing.clear()
             self._receiver.closed(error)
+
+
+def _remove(program: Path, directory: Path) -> None:
+    program.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a worker that was killed has left its socket
+        for path in directory.iterdir():
+            path.unlink()
+        directory.rmdir()
 
 
 def available_cpus() -> int:

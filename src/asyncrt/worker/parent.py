@@ -199,7 +199,7 @@ class Parent:
             os.write(2, f"asyncrt worker: dropped a connection: {error!r}\n".encode())
 
     def _adopt(self, connection: Connection) -> None:
-        """Make a connection that met the challenge the client's; an older one is as good as dead."""
+        """Make a connection that met the challenge the client's; an older one is dead by now."""
         self._strangers.discard(connection)
         if self._client is not None:
             self._drop(self._client)

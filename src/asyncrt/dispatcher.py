@@ -385,6 +385,8 @@ class Dispatcher:
         actions: list[Action] = []
         worker = self._workers[chunk.worker]
         for position, error in failures.items():
+            if chunk.settled[position]:
+                continue
             chunk.settled[position] = 1
             chunk.left -= 1
             actions.append(Failed(chunk.run, chunk.indexes[position], error, chunk.attempt))

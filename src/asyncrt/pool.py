@@ -28,7 +28,12 @@ from asyncrt.dispatcher import (
     Revoke,
     Send,
 )
-from asyncrt.errors import AsyncrtError, SerializationError, WorkerStartError
+from asyncrt.errors import (
+    AsyncrtError,
+    ExecutorClosedError,
+    SerializationError,
+    WorkerStartError,
+)
 from asyncrt.events import Finished, Lost, Sent, Started
 from asyncrt.events import Requeued as RequeuedEntry
 from asyncrt.link import Link
@@ -93,12 +98,18 @@ class WorkerPool:
                 await anyio.sleep_forever()
         except* AsyncrtError as errors:
             self._fail(_first(errors))
+        except* Exception as errors:
+            self._fail(_first(errors))  # a bug: its runs are told what it is, then all else
+            raise
         finally:
             self._group = None
             if self._timer is not None:
                 self._timer.cancel()
             if self._failed is None:
-                self._fail(WorkerStartError("the executor was closed"))
+                self._failed = ExecutorClosedError("the executor was closed")
+                for run in tuple(self._runs.values()):
+                    run.close()
+                    run.quiet.set()
 
     def _fail(self, error: BaseException) -> None:
         self._failed = error
@@ -480,7 +491,7 @@ class WorkerPool:
                 self._send(chunk)
             case Cancel(worker, chunk_id, positions):
                 link = self._links.get(worker)
-                if link is not None:
+                if link is not None and self._dispatcher.chunk(worker, chunk_id) is not None:
                     link.send(Kind.CANCEL, {"chunk": chunk_id, "positions": positions})
             case Revoke(worker, chunk_id):
                 link = self._links.get(worker)
@@ -503,7 +514,11 @@ class WorkerPool:
     def _send(self, chunk: Chunk) -> None:
         run = self._runs.get(chunk.run.id)
         link = self._links.get(chunk.worker)
-        if run is None or link is None or chunk.run.over:
+        if link is None:
+            return
+        if run is None:  # it ended between the decision and now
+            self._act(self._dispatcher.unsendable(chunk, {}, now=self._now()))
+            self._after_news(chunk)
             return
         body: list[Buffer] = []
         size = 0

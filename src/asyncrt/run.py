@@ -466,10 +466,20 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         """End the run since its deadline has passed."""
         self._end("failed", RunDeadlineError(f"run {self.id} was not done at its deadline"))
 
+    def close(self) -> None:
+        """End the run since its executor was closed."""
+        self._end(
+            "cancelled", RunCancelledError(f"run {self.id} was cancelled: the executor was closed")
+        )
+
     def stop_pulling(self) -> None:
-        """Take nothing more from an input without a size; what was taken goes on."""
+        """Take nothing more from the input; what was taken goes on."""
         if self.feed is not None:
             self.feed.stop()
+        elif self._total is not None and self._taken < self._total and not self._done.is_set():
+            self._total = self.queue.total = self._taken
+            del self._values[self._taken :], self._states[self._taken :]
+            self._finish_if_settled()
 
     async def finished(self) -> None:
         """Wait for the end, however it ends."""

@@ -187,10 +187,13 @@ def run_server(sock: socket.socket, *, spawn: str) -> None:
 
     The imports are here, since the parent forks this process from itself and never needs them.
     """
-    import cloudpickle  # noqa: F401, PLC0415
+    try:
+        import cloudpickle  # noqa: F401, PLC0415
 
-    import asyncrt.worker.child  # noqa: F401, PLC0415
-
+        import asyncrt.worker.child  # noqa: F401, PLC0415
+    except ImportError:  # another Python than the client's, as the parent tells: no call will come
+        sock.recv(1)
+        return
     if sys.platform.startswith("linux"):
         import ctypes  # noqa: F401, PLC0415 - for each child, see _become_victim
     gc.freeze()  # a collection in a child would copy every page that it shares with this process

@@ -1,0 +1,49 @@
+"""For tests of code that uses asyncrt, and of backends: nothing here starts a process or waits.
+
+    from asyncrt.testing import ScriptedBackend, run_in_virtual_time, takes
+
+    async def main() -> None:
+        backend = ScriptedBackend()
+        async with asyncrt.Executor(backend=backend) as executor:
+            run = executor.map(takes(3600, str), range(10))
+            ...
+            backend.workers[0].cut_connection()
+
+    run_in_virtual_time(main)
+
+``ScriptedBackend`` has workers in memory that speak the real protocol and break down when told to.
+``VirtualClockEventLoop`` jumps to the next timer instead of waiting. ``InterposedBackend`` lets a
+test cut the connections of any backend. ``BackendConformance`` is a pytest class that the tests of
+a backend inherit; it needs pytest, the others do not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from asyncrt.testing.clock import VirtualClockEventLoop, run_in_virtual_time
+from asyncrt.testing.interposed import InterposedBackend, InterposedWorker
+from asyncrt.testing.scripted import ScriptedBackend, ScriptedWorker
+from asyncrt.testing.scriptedcalls import takes
+
+if TYPE_CHECKING:
+    from asyncrt.testing.conformance import BackendConformance
+
+__all__ = [
+    "BackendConformance",
+    "InterposedBackend",
+    "InterposedWorker",
+    "ScriptedBackend",
+    "ScriptedWorker",
+    "VirtualClockEventLoop",
+    "run_in_virtual_time",
+    "takes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "BackendConformance":
+        raise AttributeError(f"module 'asyncrt.testing' has no attribute {name!r}")
+    from asyncrt.testing.conformance import BackendConformance  # noqa: PLC0415 - needs pytest
+
+    return BackendConformance

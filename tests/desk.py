@@ -1,0 +1,89 @@
+"""A place where calls report and wait until the test lets them go on. No clock is involved."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+def wait_at(port: int, name: object) -> None:
+    """Report to a desk and block until the test says so. Runs in a worker."""
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(f"{name}\n".encode())
+        if not sock.recv(1):
+            raise ConnectionError("the desk was closed")
+
+
+class Desk:
+    """Knows which calls have begun, lets them go on, and notices when their process ends.
+
+    Attributes:
+        port: What ``wait_at`` needs.
+        seen: The names that were reported, in that order.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.seen: list[str] = []
+        self._arrived: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._released: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._killed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._all_released = False
+
+    async def arrived(self, *names: object) -> None:
+        """Wait until calls have begun."""
+        for name in names:
+            await self._arrived[str(name)].wait()
+
+    async def killed(self, *names: object) -> None:
+        """Wait until the processes of calls that were not released have ended."""
+        for name in names:
+            await self._killed[str(name)].wait()
+
+    def release(self, *names: object) -> None:
+        """Let calls go on; without names all, and all to come."""
+        self._all_released = self._all_released or not names
+        for name in names or tuple(self._arrived):
+            self._released[str(name)].set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Attend to one call."""
+        name = (await reader.readline()).decode().strip()
+        self.seen.append(name)
+        self._arrived[name].set()
+        if not self._all_released:
+            released = asyncio.create_task(self._released[name].wait())
+            ended = asyncio.create_task(reader.read())
+            try:
+                await asyncio.wait({released, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not released.done():
+                    self._killed[name].set()
+            finally:
+                for task in (released, ended):
+                    task.cancel()
+                await asyncio.gather(released, ended, return_exceptions=True)
+        writer.write(b"!")
+        writer.close()
+
+
+@asynccontextmanager
+async def open_desk() -> AsyncIterator[Desk]:
+    """Open a desk; at the end, whoever still waits there fails."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        desk = Desk(listener.getsockname()[1])
+        tasks: set[asyncio.Task[None]] = set()
+
+        def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            tasks.add(asyncio.create_task(desk.serve(reader, writer)))
+
+        server = await asyncio.start_server(begin, sock=listener)
+        try:
+            yield desk
+        finally:
+            server.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,154 @@
+"""The worker as one file: the same everywhere, small, and complete for what it is for."""
+
+from __future__ import annotations
+
+import ast
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import asyncrt
+from asyncrt.pack import pack_worker
+from asyncrt.worker.settings import WorkerSettings
+
+LARGEST_BYTES = 150 * 1024
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "worker.pyz"
+    path.write_bytes(pack_worker())
+    return path
+
+
+def run_on(program: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code with nothing but the zipapp and the standard library."""
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(program)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_same_sources_give_the_same_bytes_in_every_process(program: Path) -> None:
+    code = "from asyncrt.pack import pack_worker; import sys; sys.stdout.buffer.write(pack_worker())"
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert again.stdout == program.read_bytes() == pack_worker()
+
+
+def test_nothing_in_it_tells_when_or_by_whom_it_was_made(program: Path) -> None:
+    with zipfile.ZipFile(program) as archive:
+        for entry in archive.infolist():
+            assert entry.date_time == (1980, 1, 1, 0, 0, 0)
+            assert entry.external_attr == 0o644 << 16
+            assert not entry.extra
+        names = archive.namelist()
+    assert names[1:] == sorted(names[1:])
+
+
+def test_it_is_small(program: Path) -> None:
+    assert program.stat().st_size <= LARGEST_BYTES
+
+
+def test_it_holds_only_what_may_travel(program: Path) -> None:
+    with zipfile.ZipFile(program) as archive:
+        names = archive.namelist()
+        assert archive.testzip() is None
+    package = Path(asyncrt.__file__).parent
+    worker = {f"asyncrt/worker/{path.name}" for path in (package / "worker").glob("*.py")}
+    light = {f"asyncrt/{name}.py" for name in ("__init__", "errors", "inside")}
+    assert {name for name in names if name.startswith("asyncrt/")} == worker | light
+    others = {name for name in names if not name.startswith("asyncrt/")}
+    assert "cloudpickle/cloudpickle.py" in others
+    assert {name.split("/")[0] for name in others} == {"__main__.py", "cloudpickle"}
+    assert all(name.endswith(".py") for name in names)
+
+
+def test_it_imports_nothing_but_the_standard_library_and_itself(program: Path) -> None:
+    allowed = sys.stdlib_module_names | {"asyncrt", "cloudpickle"}
+    with zipfile.ZipFile(program) as archive:
+        for name in archive.namelist():
+            if not name.startswith("asyncrt/"):
+                continue
+            for node in ast.walk(ast.parse(archive.read(name))):
+                if isinstance(node, ast.Import):
+                    found = {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found = {str(node.module).split(".")[0]}
+                else:
+                    continue
+                assert found <= allowed, name
+
+
+def test_errors_and_current_call_work_where_only_the_zipapp_is(program: Path) -> None:
+    done = run_on(
+        program,
+        "import asyncrt, asyncrt.errors\n"
+        "from asyncrt import CallTimeoutError, current_call, __version__\n"
+        "assert issubclass(CallTimeoutError, asyncrt.CallError)\n"
+        "try: current_call()\n"
+        "except RuntimeError as error: print(error)\n"
+        "print(__version__, asyncrt.__file__)",
+    )
+    assert done.returncode == 0, done.stderr
+    said, where = done.stdout.splitlines()
+    assert said == "current_call() works inside a call only"
+    assert where.split() == [asyncrt.__version__, f"{program}/asyncrt/__init__.py"]
+
+
+@pytest.mark.parametrize("name", ["Executor", "Run", "Retry", "connect", "load_config"])
+def test_the_clients_names_say_that_the_client_is_not_installed(program: Path, name: str) -> None:
+    for statement in (f"import asyncrt; asyncrt.{name}", f"from asyncrt import {name}"):
+        done = run_on(program, statement)
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("ImportError: "), last
+        assert f"asyncrt.{name} belongs to the client, which is not installed" in last
+
+
+def test_an_unknown_name_is_an_attribute_error_there_too(program: Path) -> None:
+    done = run_on(program, "import asyncrt\nassert not hasattr(asyncrt, 'Exekutor')")
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_runs_from_a_file_of_settings_and_serves_a_tcp_port(
+    program: Path, tmp_path: Path
+) -> None:
+    settings = WorkerSettings(b"t" * 32, "0", "0", listen_port=0, orphan_timeout=0.0)
+    (tmp_path / "settings.json").write_text(settings.to_json())
+    done = subprocess.run(
+        [sys.executable, "-I", str(program), "serve", str(tmp_path / "settings.json")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_settings_survive_their_text() -> None:
+    settings = WorkerSettings(
+        bytes(range(32)), "1", "2", memory_bytes=5, sys_path=("a", "b"), remove=("c",)
+    )
+    text = settings.to_json()
+    assert "\n" not in text
+    assert WorkerSettings.from_json(text) == settings
+    assert WorkerSettings.from_json(text.encode()) == settings
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"token": "zz"}'])
+def test_other_texts_are_no_settings(text: str) -> None:
+    with pytest.raises((ValueError, KeyError)):
+        WorkerSettings.from_json(text)
+
+
+def test_a_module_is_read_from_the_zipapp_as_it_is_in_the_sources(program: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(program.read_bytes())) as archive:
+        packed = archive.read("asyncrt/worker/child.py")
+    assert packed == (Path(asyncrt.__file__).parent / "worker" / "child.py").read_bytes()

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _TAIL_BYTES: Final = 4096
 _END_SECONDS: Final = 5.0
 _READS_AT_ONCE: Final = 4
+_SOCKET_BYTES: Final = 1 << 17  # less than a full socket buffer gives at once
 _SEGMENTS_AT_ONCE: Final = 64
 _LONGEST_SOCKET_PATH: Final = 100  # 104 on macOS, 108 on Linux, with the final zero
 
@@ -297,11 +298,16 @@ class _SocketStream:
             for _ in range(_READS_AT_ONCE):
                 if self._closed:
                     return
-                size = self._socket.recv_into(self._receiver.get_buffer())
+                target = self._receiver.get_buffer()
+                room = target.nbytes
+                size = self._socket.recv_into(target)
+                del target
                 if not size:
                     self._end(None)
                     return
                 self._receiver.received(size)
+                if size < min(room, _SOCKET_BYTES):
+                    return  # that was all: asking again costs a system call and an exception
         except BlockingIOError:
             return
         except OSError as error:

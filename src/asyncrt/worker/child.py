@@ -146,7 +146,7 @@ class Child:
             try:
                 loaded = self._loaded[name] = load_function(self._packed[name])
             except SerializationError as error:
-                return _describe(error)
+                return describe_error(error)
             del self._packed[name]
         return loaded
 
@@ -227,7 +227,7 @@ def _run_call(
         elif isinstance(value, types.GeneratorType | types.AsyncGeneratorType):
             raise SerializationError("a generator cannot travel: return a list of what it yields")
     except BaseException as error:  # noqa: BLE001 - the outcome of user code, whatever it is
-        return Outcome.RAISED, [_describe(error)]
+        return Outcome.RAISED, [describe_error(error)]
     try:
         return Outcome.SUCCESS, dump_result(value, base=RECORD.size)
     except Exception as error:  # noqa: BLE001 - any object's own reduction may raise anything
@@ -235,7 +235,7 @@ def _run_call(
             f"the call succeeded, but its result (a {_type_name(type(value))}) cannot be pickled",
             error,
         )
-        return Outcome.RAISED, [_describe(reason)]
+        return Outcome.RAISED, [describe_error(reason)]
 
 
 def load_function(packed: Buffer) -> _Loaded:
@@ -266,7 +266,7 @@ def _explained(what: str, error: BaseException) -> SerializationError:
     return SerializationError(f"{what}: {_type_name(type(error))}: {error}")
 
 
-def _describe(error: BaseException) -> bytes:
+def describe_error(error: BaseException) -> bytes:
     """Return an exception as a payload: its facts as text and, if it survives the way, itself."""
     lines = traceback.format_exception(type(error), error, _user_frames(error))
     facts: dict[str, Any] = {

@@ -194,9 +194,7 @@ class ScriptedWorker:
         """Let the call that a slot runs end as if it had needed more memory than there is."""
         limit = self._settings.memory_bytes or 0
         message = "the call needed more memory than the worker has"
-        self._slots[slot].condemn(
-            "OutOfMemoryError", message, limit_bytes=limit, peak_bytes=limit
-        )
+        self._slots[slot].condemn("OutOfMemoryError", message, limit_bytes=limit, peak_bytes=limit)
 
     def terminate(self) -> None:
         """Begin to end, as on SIGTERM: give back what has not begun, finish what runs."""

@@ -153,9 +153,7 @@ class ScriptedSlot:
         ]
         if timeout is not None:
             message = f"the attempt ran longer than timeout={timeout:g} s and was killed"
-            timers.append(
-                self._loop.call_later(timeout, self._time_out, message, timeout)
-            )
+            timers.append(self._loop.call_later(timeout, self._time_out, message, timeout))
         if hold is not None:
             timers.append(self._loop.call_later(hold, self._owner.on_hold_over, self))
         done: tuple[int, bytes] | None = None

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from asyncrt.errors import ProtocolError
-from asyncrt.worker.channel import Channel
 from asyncrt.worker.connection import Connection
 from asyncrt.worker.memory import MemoryWatch
 from asyncrt.worker.protocol import Buffer, Frame, Kind
-from asyncrt.worker.server import run_server
+from asyncrt.worker.servers import Servers
 from asyncrt.worker.settings import WorkerSettings
 from asyncrt.worker.slot import LOOK_SECONDS, Chunk, Slot, Verdict, explain_exit
 from asyncrt.worker.tokens import MAX_CALLS
@@ -26,19 +25,8 @@ from asyncrt.worker.tokens import MAX_CALLS
 EXIT_SERVER_LOST: Final = 70  # EX_SOFTWARE of sysexits.h
 _GRACE_SECONDS: Final = 5.0  # for running calls after SIGTERM
 _LAST_WRITE_SECONDS: Final = 0.5
-_SERVER_END_SECONDS: Final = 2.0
 _LOG_BACKLOG_BYTES: Final = 1 << 20
 _REMEMBERED_CANCELS: Final = 1024
-
-
-class _ServerProcess:
-    """A server, or a template that serves in its place and has a function loaded."""
-
-    def __init__(self, channel: Channel, pid: int, function: str | None = None) -> None:
-        self.channel = channel
-        self.pid = pid
-        self.function = function
-        self.ready = False
 
 
 class Parent:
@@ -65,8 +53,12 @@ class Parent:
             Slot(number, deliver=self._deliver, give_back=self._give_back, log=self._log)
             for number in range(settings.slots)
         ]
-        self._template: _ServerProcess | None = None
-        self._tried: set[str] = set()  # functions that a template was made for
+        self._servers = Servers(
+            spawn=settings.spawn,
+            watch=self._watch,
+            unwatch=self._unwatch,
+            on_frame=self._on_server,
+        )
         self._ending: str | None = None
         self._terminated = False
         self._exit_code = 0
@@ -82,7 +74,9 @@ class Parent:
         Args:
             lifeline: A descriptor whose end means that the client's process is gone for good.
         """
-        self._server = self._start_server(lifeline)
+        self._servers.start(
+            leave=[self._listener], leave_fds=[] if lifeline is None else [lifeline]
+        )
         wakeup_read, wakeup_write = os.pipe()
         os.set_blocking(wakeup_write, False)
         signal.set_wakeup_fd(wakeup_write)
@@ -91,7 +85,6 @@ class Parent:
         self._listener.setblocking(False)
         self._watch(self._listener, self._accept)
         self._watch(wakeup_read, lambda: os.read(wakeup_read, 512))
-        self._watch(self._server.channel, lambda: self._on_server(self._server))
         if lifeline is not None:
             self._watch(lifeline, lambda: self._on_lifeline(lifeline))
         for slot in self._slots:
@@ -119,7 +112,10 @@ class Parent:
         self._look_at_slots()
         self._check_connection()
         self._dispatch()
-        if self._ending and self._is_done():
+        if self._servers.lost:
+            self._exit_code = EXIT_SERVER_LOST  # the client starts another worker
+            self._ending = "quit"
+        elif self._ending and self._is_done():
             self._ending = "quit"
 
     def _watch(self, fileobj: Any, handler: Callable[[], Any]) -> None:
@@ -441,9 +437,14 @@ class Parent:
         return slot.fresh_wanted or (limit is not None and slot.held_bytes > limit)
 
     def _spawn(self, slot: Slot) -> None:
-        server = self._choose_server(slot)
+        last = slot.last_function
+        server = self._servers.choose(
+            last,
+            self._functions.get(last) if last is not None else None,
+            lambda channel: any(other.server is channel for other in self._slots),
+        )
         try:
-            slot.spawn(server.channel)
+            slot.spawn(server)
         except OSError:
             slot.close()  # that the server is gone is noticed where its channel is read
             return
@@ -460,11 +461,7 @@ class Parent:
         if not slot.read_log(fd, name):
             self._unwatch(fd)
 
-    def _on_exit(self, child: list[int], code: int) -> None:
-        slot = self._slots[child[0]]
-        if slot.generation != child[1]:
-            return
-
+    def _on_exit(self, slot: Slot, code: int) -> None:
         def explain(code: int) -> Verdict:
             if code == -signal.SIGKILL and self._memory.killed_since_last_asked():
                 return self._memory_verdict(slot)
@@ -489,82 +486,14 @@ class Parent:
         while self._log_bytes > _LOG_BACKLOG_BYTES:
             self._log_bytes -= len(self._logs.popleft()[1])
 
-    # -- servers ----------------------------------------------------------------------------------
-
-    def _start_server(self, lifeline: int | None) -> _ServerProcess:
-        mine, its = socket.socketpair()
-        pid = os.fork()
-        if pid:
-            its.close()
-            return _ServerProcess(Channel(mine), pid)
-        status = 1
-        try:
-            mine.close()
-            self._listener.close()
-            if lifeline is not None:
-                os.close(lifeline)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            run_server(its, spawn=self._settings.spawn)
-            status = 0
-        finally:
-            os._exit(status)
-
-    def _choose_server(self, slot: Slot) -> _ServerProcess:
-        """Return who forks the next child of a slot: a template that has its function, if any."""
-        wanted = slot.last_function
-        template = self._template
-        if template is not None and template.ready and wanted == template.function:
-            return template
-        if (
-            wanted in self._functions
-            and wanted not in self._tried
-            and self._settings.spawn == "fork"
-        ):
-            self._start_template(str(wanted))
-        return self._server
-
-    def _start_template(self, function: str) -> None:
-        """Let a copy of the server load a function, for the children that come after."""
-        if self._template is not None:
-            if any(slot.server is self._template.channel for slot in self._slots):
-                return  # its children would die with it
-            self._close_server(self._template)
-        self._tried.add(function)
-        mine, its = socket.socketpair()
-        with its, contextlib.suppress(OSError):
-            self._server.channel.send(
-                Kind.TEMPLATE, {"function": function}, [self._functions[function]], [its.fileno()]
-            )
-        template = self._template = _ServerProcess(Channel(mine), 0, function)
-        self._watch(template.channel, lambda: self._on_server(template))
-
-    def _close_server(self, server: _ServerProcess) -> None:
-        self._unwatch(server.channel)
-        server.channel.close()
-        if server is self._template:
-            self._template = None
-
-    def _on_server(self, server: _ServerProcess) -> None:
-        received = server.channel.receive()
-        if received is None:
-            self._close_server(server)
-            if server is self._server:
-                # Its children died with it, by the kernel's hand. The client starts another worker.
-                self._exit_code = EXIT_SERVER_LOST
-                self._ending = "quit"
+    def _on_server(self, frame: Frame) -> None:
+        number, generation = frame.header["child"]
+        if self._slots[number].generation != generation:
             return
-        for frame, _ in received:
-            header = frame.header
-            if frame.kind == Kind.READY:
-                server.ready = header["threads"] == 1
-                if not server.ready and server is not self._server:
-                    self._close_server(server)
-            elif frame.kind == Kind.SPAWNED:
-                number, generation = header["child"]
-                if self._slots[number].generation == generation:
-                    self._slots[number].pid = header["pid"]
-            elif frame.kind == Kind.EXITED:
-                self._on_exit(header["child"], header["code"])
+        if frame.kind == Kind.SPAWNED:
+            self._slots[number].pid = frame.header["pid"]
+        elif frame.kind == Kind.EXITED:
+            self._on_exit(self._slots[number], frame.header["code"])
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -595,22 +524,7 @@ class Parent:
         for stranger in self._strangers:
             stranger.close()
         self._listener.close()
-        for server in (self._template, self._server):
-            if server is not None:
-                self._close_server(server)
-        _wait_or_kill(self._server.pid)
+        self._servers.close()
         for slot in self._slots:
             slot.close()
         self._selector.close()
-
-
-def _wait_or_kill(pid: int) -> None:
-    """Wait for the server, which kills its children first; it has nothing that could take long."""
-    end = time.monotonic() + _SERVER_END_SECONDS
-    with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < end:
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                return
-            time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)

@@ -110,6 +110,7 @@ class Slot:
         self.number = number
         self.generation = 0
         self.pid = 0
+        self.server: Channel
         self.chunk: Chunk | None = None
         self.retiring = False
         self.held_bytes = 0

@@ -1,9 +1,9 @@
 """Run Python functions on Kubernetes pods, or on this machine, from one asyncio event loop.
 
-    import asyncrt
-
+Example:
     async with asyncrt.Executor() as executor:
         squares = await executor.map(lambda number: number**2, range(100))
+    assert squares[9] == 81
 
 Names are loaded when they are first used: ``import asyncrt`` costs a few milliseconds, and inside a
 call, where the client is not installed, the part that travels with the worker still works.

@@ -109,6 +109,7 @@ class WorkerState:
     chunks: dict[int, Chunk] = field(default_factory=dict)
     draining: bool = False
     gone: bool = False
+    stuck: bool = False  # it gave calls back, and has finished nothing since
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +349,9 @@ class Dispatcher:
                     actions += self._fail(run, chunk.indexes[position], error, now)
             news = [position for position in news if position not in failures]
         worker = self._workers.get(chunk.worker)
+        if worker is not None and worker.stuck:
+            worker.stuck = False
+            self._place(worker)
         if worker is not None and not chunk.left:
             self._close(chunk, worker, now)
         return news, actions + self._fill(now)
@@ -355,13 +359,16 @@ class Dispatcher:
     def revoked(self, chunk: Chunk, first: int, count: int, *, now: float) -> list[Action]:
         """Take back calls that a worker has not begun."""
         self._revoking.discard(chunk.id)
+        worker = self._workers.get(chunk.worker)
+        if worker is not None:
+            worker.stuck = True
+            self._place(worker)
         positions = [
             position
             for position in range(first, min(first + count, len(chunk.settled)))
             if not chunk.settled[position]
         ]
         actions = self._return_positions(chunk, positions)
-        worker = self._workers.get(chunk.worker)
         if worker is not None and not chunk.left:
             self._close(chunk, worker, now)
         return actions + self._fill(now)
@@ -468,7 +475,7 @@ class Dispatcher:
             return
         if len(worker.chunks) < worker.slots:
             self._idle[worker.name] = worker
-        elif len(worker.chunks) < (1 + MAX_PREFETCH) * worker.slots:
+        elif not worker.stuck and len(worker.chunks) < (1 + MAX_PREFETCH) * worker.slots:
             self._spare[worker.name] = worker
 
     def _fill(self, now: float) -> list[Action]:

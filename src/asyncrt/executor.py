@@ -43,8 +43,10 @@ _Inputs = Iterable[Any] | AsyncIterable[Any]
 class Executor:
     """Runs functions on workers, from the event loop that opened it.
 
-        async with asyncrt.Executor(max_workers=4) as executor:
-            thumbnails = await executor.map(resize, paths)
+    Example:
+        async with asyncrt.Executor(max_workers=2) as executor:
+            lengths = await executor.map(len, ["a", "bc", "def"])
+        assert lengths == [1, 2, 3]
 
     Leaving the block normally waits for what was started (input that was not pulled yet is
     dropped); leaving it by an exception, a cancellation or Ctrl-C kills it. Either way no process
@@ -133,6 +135,11 @@ class Executor:
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Call[Any]:
         """Start one call: ``fn(*args, **kwargs)``. Await what is returned for the result.
 
+        Example:
+            async with asyncrt.Executor() as executor:
+                call = executor.submit(int, "ff", base=16)
+                assert await call == 255
+
         Every argument is the function's own; options go through ``with_options``.
 
         Raises:
@@ -175,6 +182,18 @@ class Executor:
     ) -> Run[Any]:
         """Start a call for each input. Await the run, or iterate over it.
 
+        Example:
+            async def numbers():
+                for number in range(1000):
+                    yield number
+
+            async with asyncrt.Executor() as executor:
+                assert await executor.map(pow, [2, 3], [5, 2]) == [32, 9]
+                async with executor.map(str, numbers()) as run:
+                    async for text in run:
+                        if text == "20":
+                            break  # nothing more is pulled, the rest is cancelled
+
         Args:
             fn: A plain or ``async def`` function, a lambda, a partial, a method, any callable.
             iterables: Inputs; with several, the calls get one item of each, up to the shortest.
@@ -202,11 +221,21 @@ class Executor:
         kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[CallOptions],
     ) -> Run[R]:
-        """Start ``fn(*item)`` for each item of the input. Otherwise as ``map``."""
+        """Start ``fn(*item)`` for each item of the input. Otherwise as ``map``.
+
+        Example:
+            async with asyncrt.Executor() as executor:
+                assert await executor.starmap(pow, [(2, 5), (3, 2)]) == [32, 9]
+        """
         return self._start(fn, (iterable,), "star", kwargs or {}, options)
 
     def with_options(self, **options: Unpack[ExecutorOptions]) -> Executor:
         """Return a view of this executor with other options. It owns nothing and needs no closing.
+
+        Example:
+            async with asyncrt.Executor() as executor:
+                patient = executor.with_options(timeout=60, retries=asyncrt.Retry(attempts=3))
+                assert await patient.submit(abs, -1) == 1
 
         It shares the workers if they are what it asks for (and then their ``max_workers``); else it
         has its own, which end with this executor.
@@ -280,6 +309,11 @@ async def connect(
     """Return an open executor, for where ``async with`` does not fit, such as a notebook.
 
     Close it with ``await executor.aclose()``, in whichever task or cell. See ``Executor``.
+
+    Example:
+        executor = await asyncrt.connect(max_workers=1)
+        assert await executor.submit(sum, [1, 2, 3]) == 6
+        await executor.aclose()
     """
     executor = Executor(config=config, **options)
     await executor._open()

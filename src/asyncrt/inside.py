@@ -68,6 +68,11 @@ seat = _Seat()
 def current_call() -> CurrentCall:
     """Return the call that this process is running.
 
+    Example:
+        async with asyncrt.Executor() as executor:
+            indexes = await executor.map(lambda _: asyncrt.current_call().index, "abc")
+        assert indexes == [0, 1, 2]
+
     Raises:
         RuntimeError: This process is not running a call.
     """

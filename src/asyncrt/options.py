@@ -36,6 +36,11 @@ class Retry:
 
     A lost worker is not the call's fault: such attempts come on top and are not counted here.
 
+    Example:
+        retry = asyncrt.Retry(attempts=5, on=(ConnectionError,), delay=0.5)
+        async with asyncrt.Executor(retries=retry) as executor:
+            assert await executor.submit(len, "abc") == 3
+
     Attributes:
         attempts: Attempts in all, the first one included.
         on: Exceptions that are worth another attempt.

@@ -53,6 +53,13 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     be repeated. Or iterate it, once: ``async for result in run`` gives results as they come, in
     input order unless ``ordered=False``. Doing both is an error.
 
+    Example:
+        async with asyncrt.Executor() as executor:
+            run = executor.map(lambda number: 1 / number, [1, 0, 2], return_exceptions=True)
+            results = await run
+        assert results[2] == 0.5
+        assert isinstance(run.failures[0].error, ZeroDivisionError)
+
     The first failure is raised when it happens, as the user's own exception, and cancels what has
     not finished; ``return_exceptions=True`` puts failures in place of results instead. Cancelling
     who waits cancels the run; leaving ``async with run`` does, too.

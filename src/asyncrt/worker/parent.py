@@ -302,6 +302,10 @@ class Parent:
         if "acknowledge" in chunk.header:
             self._acknowledge(chunk.header["acknowledge"])
         self._queue.append(chunk)
+        if chunk.hold is not None:
+            for slot in self._slots:
+                if slot.chunk is not None:  # if it runs on, this chunk is given back
+                    slot.chunk.look_at = min(slot.chunk.look_at, self._now + chunk.hold)
 
     def _dispatch(self) -> None:
         if not self._queue:

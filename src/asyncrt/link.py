@@ -140,7 +140,8 @@ class Link:
         self._reset()
         self._stream = await self.worker.connect(self)
         self._pump()
-        await self._live.wait()
+        with anyio.fail_after(3 * self._heartbeat_interval):
+            await self._live.wait()
         if self._stream is None:
             raise ConnectionError("closed during the handshake")
         scope.deadline = float("inf")

@@ -78,6 +78,7 @@ class WorkerPool:
         self._now = self._loop.time  # what anyio.current_time() looks up each time
         self._timer: asyncio.TimerHandle | None = None
         self._leaving: dict[str, Run[Any]] = {}  # ended, but workers still have calls of them
+        self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._pending: deque[Action] = deque()
         self._acting = False
         self._said = 0.0
@@ -110,6 +111,8 @@ class WorkerPool:
                 for run in tuple(self._runs.values()):
                     run.close()
                     run.quiet.set()
+            for run in self._leaving.values():
+                run.quiet.set()
 
     def _fail(self, error: BaseException) -> None:
         self._failed = error
@@ -153,7 +156,7 @@ class WorkerPool:
         self._functions[run.function.name] += 1
         self._dispatcher.add_run(run.queue)
         if run.settings.deadline is not None:
-            self._loop.call_at(run.settings.deadline, run.expire)
+            self._deadlines[run.id] = self._loop.call_at(run.settings.deadline, run.expire)
         if self._group is not None:
             self._start_feed(run)
 
@@ -204,6 +207,8 @@ class WorkerPool:
                 del self._functions[run.function.name]
             if run.queue.chunks:
                 self._leaving[run.id] = run
+            if run.id in self._deadlines:
+                self._deadlines.pop(run.id).cancel()
         if self._failed is not None or self._group is None:
             run.quiet.set()
 

@@ -8,6 +8,8 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
+import anyio
+
 from asyncrt.call import Call
 from asyncrt.dispatcher import RunQueue
 from asyncrt.errors import RunCancelledError, RunDeadlineError
@@ -25,6 +27,7 @@ DEFAULT_WINDOW: Final = 1000
 _LOG_BYTES_PER_CALL: Final = 1 << 16
 _LOG_BYTES: Final = 1 << 23
 _TRIM: Final = 1024
+_QUIET_SECONDS: Final = 10.0
 
 _OPEN, _SUCCEEDED, _FAILED, _CANCELLED, _DELIVERED = range(5)
 _Style = Literal["one", "star", "full"]
@@ -264,7 +267,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         Who waits for the run gets ``RunCancelledError``.
         """
         self._end_cancelled()
-        await self.quiet.wait()
+        await self._wait_until_quiet()
 
     def _end_cancelled(self) -> None:
         self._end("cancelled", RunCancelledError(f"run {self.id} was cancelled"))
@@ -275,7 +278,14 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     async def __aexit__(self, *exc_info: object) -> None:
         if not self._done.is_set():
             self._end("cancelled", RunCancelledError(f"run {self.id} was left before its end"))
-        await self.quiet.wait()
+        await self._wait_until_quiet()
+
+    async def _wait_until_quiet(self) -> None:
+        """Wait until no worker runs a call of it; a worker that cannot be reached may take longer."""
+        with anyio.move_on_after(_QUIET_SECONDS) as scope:
+            await self.quiet.wait()
+        if scope.cancelled_caught:
+            logger.warning("run %s: calls may run on, no word within %s s", self.id, _QUIET_SECONDS)
 
     async def cancel_call(self, index: int) -> None:
         """Give up one call. See ``Call.cancel``."""

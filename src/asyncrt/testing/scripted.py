@@ -375,6 +375,8 @@ class ScriptedWorker:
                     await slot.run(work)
             finally:
                 self._scopes.discard(scope)
+                if slot.work is work:
+                    slot.work = None
 
     def _cancel(self, chunk: int, positions: list[int] | None) -> None:
         for work in self._queue:

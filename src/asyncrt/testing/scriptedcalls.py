@@ -188,7 +188,9 @@ class ScriptedSlot:
                 args, kwargs = value[0], {**fixed, **value[1]}
             while hasattr(function, _ATTRIBUTE):
                 seconds, function = getattr(function, _ATTRIBUTE)
-                await anyio.sleep(seconds(*args, **kwargs) if callable(seconds) else seconds)
+                with seating:
+                    delay = seconds(*args, **kwargs) if callable(seconds) else seconds
+                await anyio.sleep(delay)
             with seating:
                 value = function(*args, **kwargs)
             if isinstance(value, Coroutine):

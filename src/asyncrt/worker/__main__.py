@@ -7,6 +7,7 @@ input). ``worker.pyz child ...`` is how a server starts children where fork is u
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -56,6 +57,7 @@ def child(arguments: list[str]) -> None:
     from asyncrt.worker.server import run_child_on  # noqa: PLC0415 - see serve
 
     control, tokens, board = (int(number) for number in arguments[:3])
+    sys.path[1:] = json.loads(arguments[4])
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         run_child_on(control, tokens, board, arguments[3], {})
 

@@ -462,7 +462,7 @@ class Parent:
             self._unwatch(slot.channel)  # it has ended; the server tells how
 
     def _on_log(self, slot: Slot, fd: int, name: str) -> None:
-        if not slot.read_log(fd, name):
+        if slot.read_log(fd, name) is None:  # not when somebody else has just read it empty
             self._unwatch(fd)
 
     def _on_exit(self, slot: Slot, code: int) -> None:
@@ -508,7 +508,7 @@ class Parent:
     def _terminate(self) -> None:
         """Begin to end, on SIGTERM: say so, give back what has not begun, wait for what runs."""
         self._terminated = False
-        if self._ending is not None:
+        if self._ending not in (None, "drain"):
             return
         self._ending = "terminate"
         self._end_at = self._now + _GRACE_SECONDS
@@ -517,7 +517,7 @@ class Parent:
 
     def _is_done(self) -> bool:
         busy = self._queue or any(slot.chunk is not None for slot in self._slots)
-        return not busy and not (self._unacknowledged and self._client is not None)
+        return not busy and not self._unacknowledged  # a client that was cut off comes again
 
     def _shut_down(self) -> None:
         if self._client is not None:

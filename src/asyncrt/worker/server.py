@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import select
 import signal
@@ -124,7 +125,14 @@ class Server:
     def _execute_child(self, descriptors: Sequence[int], mark: str) -> int:
         control, tokens, board, out, err = descriptors
         process = subprocess.Popen(
-            [sys.executable, sys.argv[0], "child", str(control), str(tokens), str(board), mark],
+            [
+                sys.executable,
+                sys.argv[0],
+                "child",
+                *(str(fd) for fd in (control, tokens, board)),
+                mark,
+                json.dumps(sys.path[1:]),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from asyncrt.errors import ProtocolError
 from asyncrt.worker.channel import INLINE_BYTES, Channel, SharedMemory, close_descriptors
 from asyncrt.worker.protocol import Buffer, Kind
 from asyncrt.worker.records import RECORD, Outcome, iterate_records, pack_failure
@@ -37,6 +38,7 @@ class Chunk:
         self.parts: list[tuple[int, int]] = [(header["chunk"], header["count"])]
         self.function: str = header["function"]
         self.count: int = header["count"]
+        _check(header)
         self.timeout: float | None = header.get("timeout")
         self.hold: float | None = header.get("hold")
         self.fresh: bool = header.get("fresh", False)
@@ -126,7 +128,8 @@ class Slot:
         self._functions: set[str] = set()
         self._forget: list[str] = []
         self._open = False
-        self._log_index = -1
+        self._log_indexes: dict[str, int] = {}
+        self._log_rest: dict[str, bytes] = {}
 
     # -- the process ------------------------------------------------------------------------------
 
@@ -150,7 +153,8 @@ class Slot:
         self._verdict = None
         self._functions = set()
         self._forget = []
-        self._log_index = -1
+        self._log_indexes = {}
+        self._log_rest = {}
         mine, its = socket.socketpair()
         mine.setblocking(False)
         self.channel = Channel(mine)
@@ -194,6 +198,9 @@ class Slot:
         chunk.began = now
         chunk.look_at = now + min(LOOK_SECONDS, chunk.timeout or LOOK_SECONDS)
         self.tail = b""
+        # First, so that all calls are given back if the child turns out to be dead. It takes no
+        # token before it has the chunk.
+        self.tokens.offer(chunk.count)
         if chunk.function not in self._functions and function is not None:
             self._functions.add(chunk.function)
             self.channel.send(Kind.FUNCTION, {"function": chunk.function}, [function])
@@ -203,7 +210,6 @@ class Slot:
             self._forget = []
         self.channel.send(Kind.CALLS, header, chunk.bodies)
         chunk.bodies = []
-        self.tokens.offer(chunk.count)
 
     def forget(self, function: str) -> None:
         """Let the child drop a function, with the next chunk."""
@@ -330,10 +336,12 @@ class Slot:
         written = int.from_bytes(memoryview(self.board)[8:16], "little")
         records: list[Buffer] = []
         first = chunk.delivered
-        count = chunk.sent + written - first
+        # Not more than began: it may have died after it sent the board, before it cleared the count.
+        known = min(chunk.sent + written, chunk.end)
+        count = known - first
         if count > 0:
             board = bytes(memoryview(self.board)[BOARD_START:])
-            records.append(_cut(board, first - chunk.sent, written))
+            records.append(_cut(board, first - chunk.sent, known - chunk.sent))
         if first + count < chunk.end:
             verdict = self._verdict or explain(code)
             started: float = memoryview(self.board)[:8].cast("d")[0]
@@ -353,27 +361,50 @@ class Slot:
             while self.read_log(fd, name):
                 pass
 
-    def read_log(self, fd: int, name: str) -> bool:
-        """Hand on what the child printed; return whether there was anything."""
+    def read_log(self, fd: int, name: str) -> bool | None:
+        """Hand on what the child printed; return whether there was anything, ``None`` at the end."""
         try:
             data = os.read(fd, _LOG_READ_BYTES)
-        except (BlockingIOError, OSError):
+        except BlockingIOError:
             return False
         if not data:
-            return False
+            self._hand_on_log(name, self._log_rest.pop(name, b""))
+            return None
+        data = self._log_rest.pop(name, b"") + data
         begin = b"\0" + self.mark.encode()
-        before, *marked = data.split(begin)
+        cut = _find_unfinished_mark(data, begin)
+        if cut < len(data):
+            self._log_rest[name] = data[cut:]
+        before, *marked = data[:cut].split(begin)
         self._hand_on_log(name, before)
         for part in marked:
             index, _, text = part.partition(b"\0")
-            self._log_index = int(index)
+            self._log_indexes[name] = int(index)
             self._hand_on_log(name, text)
         return True
 
     def _hand_on_log(self, name: str, text: bytes) -> None:
         if text:
             self.tail = (self.tail + text)[-_TAIL_BYTES:]
-            self._log(self.chunk, self._log_index, name, text)
+            self._log(self.chunk, self._log_indexes.get(name, -1), name, text)
+
+
+def _check(header: dict[str, Any]) -> None:
+    """Refuse what would fail later, where nobody could tell whose fault it was."""
+    for name in ("chunk", "count"):
+        if type(header[name]) is not int:
+            raise ProtocolError(f"calls with {name}={header[name]!r}")
+    for name in ("function", "run", "style"):
+        if not isinstance(header[name], str):
+            raise ProtocolError(f"calls with {name}={header[name]!r}")
+    for name in ("timeout", "hold"):
+        if not isinstance(header.get(name), int | float | None):
+            raise ProtocolError(f"calls with {name}={header[name]!r}")
+    indexes = header["indexes"]
+    if not (
+        type(indexes) is int or (isinstance(indexes, list) and len(indexes) == header["count"])
+    ):
+        raise ProtocolError("calls without an index for each")
 
 
 def _listed(header: dict[str, Any]) -> list[int]:
@@ -410,6 +441,17 @@ def explain_exit(code: int, tail: bytes) -> Verdict:
         exit_code=code,
         log_tail=text,
     )
+
+
+def _find_unfinished_mark(data: bytes, begin: bytes) -> int:
+    """Return where a mark begins that goes on in what was not read yet; else the end."""
+    last = data.rfind(begin)
+    if last >= 0 and b"\0" not in data[last + len(begin) :]:
+        return last
+    for size in range(min(len(begin) - 1, len(data)), 0, -1):
+        if data.endswith(begin[:size]):
+            return len(data) - size
+    return len(data)
 
 
 def _pipe() -> tuple[int, int]:

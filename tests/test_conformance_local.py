@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from asyncrt.backends.local import LocalBackend, LocalWorker
+from asyncrt.testing import BackendConformance
+
+GONE_WITHIN_SECONDS = 10.0
+
+
+class TestLocalBackend(BackendConformance):
+    spawn: str | None = None
+
+    mark: str
+    directory: Path
+
+    @pytest.fixture(autouse=True)
+    def own_directory(
+        self, nothing_is_left: None, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[None]:
+        monkeypatch.setattr(tempfile, "tempdir", str(self.directory))
+        yield
+
+    def make_backend(self) -> LocalBackend:
+        self.mark = uuid.uuid4().hex
+        self.directory = Path(tempfile.mkdtemp(prefix="conformance-"))
+        return LocalBackend(spawn=self.spawn)
+
+    def executor_options(self) -> dict[str, Any]:
+        # The mark finds all processes of this test, also those whose parent is gone.
+        return {"env": {"CONFORMANCE_MARK": self.mark, "TMPDIR": str(self.directory)}}
+
+    def leftovers(self) -> list[str]:
+        _, alive = psutil.wait_procs(self.processes(), timeout=GONE_WITHIN_SECONDS)
+        files = [str(path) for path in self.directory.rglob("*")]
+        shutil.rmtree(self.directory)
+        return [str(process) for process in alive] + files
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("CONFORMANCE_MARK") == self.mark:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def kill_one_worker(self) -> None:
+        worker = self.backend.connected[0].inner
+        assert isinstance(worker, LocalWorker)
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+class TestLocalBackendWithoutFork(TestLocalBackend):
+    spawn = "exec"

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,22 +47,21 @@ def pack_arguments(arguments: Sequence[Any]) -> list[Buffer]:
 class Report:
     """What became of the calls of a chunk, by position."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.values: dict[int, Any] = {}
         self.raised: dict[int, dict[str, Any]] = {}
         self.failed: dict[int, dict[str, Any]] = {}
         self.revoked: set[int] = set()
-        self.done = False
         self.times: dict[int, tuple[float, float]] = {}
 
-    def add(self, frame: Frame) -> None:
-        first, count = frame.header["first"], frame.header["count"]
-        if frame.kind == Kind.REVOKED:
-            self.revoked |= set(range(first, first + count))
-            return
-        body = memoryview(frame.body)
-        for position, record in enumerate(iterate_records(body, count), first):
-            started, ended, outcome, begin, end = record
+    def revoke(self, positions: range) -> None:
+        assert not self.positions & set(positions), "a second outcome"
+        self.revoked |= set(positions)
+
+    def add(self, positions: range, body: memoryview, records: Iterator[Any]) -> None:
+        for position in positions:
+            started, ended, outcome, begin, end = next(records)
             assert position not in self.positions, f"a second outcome of call {position}"
             self.times[position] = started, ended
             if outcome == Outcome.SUCCESS:
@@ -70,11 +70,14 @@ class Report:
                 self.raised[position] = unpack_raised(body[begin:end])[0]
             else:
                 self.failed[position] = _json(body[begin:end])
-        self.done = self.done or frame.header["done"]
 
     @property
     def positions(self) -> set[int]:
-        return {*self.values, *self.raised, *self.failed}
+        return {*self.values, *self.raised, *self.failed, *self.revoked}
+
+    @property
+    def done(self) -> bool:
+        return self.positions == set(range(self.count))
 
 
 def _json(view: memoryview) -> dict[str, Any]:
@@ -87,15 +90,17 @@ def _json(view: memoryview) -> dict[str, Any]:
 class RawClient:
     """One connection to a worker. Frames that are not asked for are kept in ``inbox``."""
 
-    def __init__(self, path: Path, token: bytes) -> None:
+    def __init__(self, path: Path, token: bytes, counts: dict[int, int]) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(SECONDS)
         self.socket.connect(str(path))
         self.token = token
         self.inbox: deque[Frame] = deque()
         self.received = 0
+        self.counts = counts  # of the calls of each chunk that any client sent
         self.reports: dict[int, Report] = {}
         self.hello: dict[str, Any] = {}
+        self._taken: set[int] = set()
         self._decoder = Decoder(Limits())
 
     # -- frames -----------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ class RawClient:
 
     def wait_for(self, *kinds: int) -> Frame:
         """Return the next frame of some kind; what comes before it stays in the inbox."""
-        others = []
+        others: list[Frame] = []
         while True:
             frame = self.read()
             if frame.kind in kinds:
@@ -183,27 +188,42 @@ class RawClient:
             "style": "one",
             **header,
         }
+        self.counts[chunk] = len(arguments)
         self.send(Kind.CALLS, full, pack_arguments(arguments))
 
     def report(self, chunk: int) -> Report:
         """Return what became of a chunk, when all of it is known. Keeps what it passes by."""
         others = []
-        report = self.reports.setdefault(chunk, Report())
+        report = self._report(chunk)
         while not report.done:
             frame = self.read()
             if frame.kind in (Kind.RESULT, Kind.REVOKED):
-                found = self.reports.setdefault(frame.header["chunk"], Report())
-                found.add(frame)
-                if frame.kind == Kind.REVOKED and found is report and not frame.header["first"]:
-                    break  # nothing of it began
+                self._take(frame)
             else:
                 others.append(frame)
         self.inbox.extendleft(reversed(others))
         return report
 
+    def _take(self, frame: Frame) -> None:
+        if frame.header["sequence"] in self._taken:
+            return  # told before this connection resumed, and then again
+        self._taken.add(frame.header["sequence"])
+        body = memoryview(frame.body)
+        parts = frame.header["parts"]
+        records = iterate_records(body, sum(count for _, _, count in parts))
+        for chunk, first, count in parts:
+            positions = range(first, first + count)
+            if frame.kind == Kind.REVOKED:
+                self._report(chunk).revoke(positions)
+            else:
+                self._report(chunk).add(positions, body, records)
+
+    def _report(self, chunk: int) -> Report:
+        return self.reports.setdefault(chunk, Report(self.counts.get(chunk, 0)))
+
     def run(self, function: Callable[..., Any], *arguments: Any, **header: Any) -> Report:
         """Send a function under a new name and run one chunk of it."""
-        chunk = max(self.reports, default=0) + 1000
+        chunk = max(self.counts, default=0) + 1000
         name = f"function-{chunk}"
         self.function(name, function)
         self.calls(chunk, name, arguments, **header)
@@ -222,6 +242,7 @@ class RawWorker:
         self.token = os.urandom(32)
         self.stderr = self.directory / "stderr"
         self._clients: list[RawClient] = []
+        self._counts: dict[int, int] = {}
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(self.path))
         listener.listen(8)
@@ -250,7 +271,7 @@ class RawWorker:
         self.stdin.write(self.settings.to_json().encode() + b"\n")
 
     def open_connection(self) -> RawClient:
-        client = RawClient(self.path, self.token)
+        client = RawClient(self.path, self.token, self._counts)
         self._clients.append(client)
         return client
 
@@ -301,8 +322,12 @@ class RawWorker:
 
 def wait_gone(processes: Sequence[psutil.Process], seconds: float = SECONDS / 3) -> list[Any]:
     """Wait for processes to end; return those that did not."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return [process for process in alive if _lives(process)]
+    end = time.monotonic() + seconds
+    alive = list(processes)
+    while alive and time.monotonic() < end:
+        psutil.wait_procs(alive, timeout=0.02)  # a zombie whose parent is slow is gone, too
+        alive = [process for process in alive if _lives(process)]
+    return alive
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -116,13 +116,13 @@ def test_what_a_full_socket_does_not_take_is_written_later(
     reading, writing = os.pipe()
     for number, body in enumerate(bodies):
         here.send(Kind.RESULT, {"n": number}, [body], [writing] if number % 7 == 0 else [])
-    assert here.unsent
     assert not here.flush()
+    assert here.unsent is True
     got: Received = []
     while len(got) < len(bodies):
         got += received_by(there)
         here.flush()
-    assert not here.unsent
+    assert here.flush()
     assert [frame.header["n"] for frame, _ in got] == list(range(30))
     assert [bytes(frame.body) for frame, _ in got] == bodies
     assert [len(fds) for _, fds in got] == [int(number % 7 == 0) for number in range(30)]

@@ -5,7 +5,6 @@ import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import psutil
 import pytest
 
 from asyncrt.backends.local import LocalBackend, LocalWorker
-from asyncrt.testing import BackendConformance
+from asyncrt.testing import BackendConformance, takes
+from asyncrt.testing.conformancebase import absolute, until_started
 
 GONE_WITHIN_SECONDS = 10.0
 
@@ -26,10 +26,13 @@ class TestLocalBackend(BackendConformance):
 
     @pytest.fixture(autouse=True)
     def own_directory(
-        self, nothing_is_left: None, monkeypatch: pytest.MonkeyPatch
-    ) -> Iterator[None]:
+        self,
+        nothing_is_left: None,
+        tmp_path_factory: pytest.TempPathFactory,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        tmp_path_factory.getbasetemp()  # made where it belongs, before the directory changes
         monkeypatch.setattr(tempfile, "tempdir", str(self.directory))
-        yield
 
     def make_backend(self) -> LocalBackend:
         self.mark = uuid.uuid4().hex
@@ -60,6 +63,23 @@ class TestLocalBackend(BackendConformance):
         worker = self.backend.connected[0].inner
         assert isinstance(worker, LocalWorker)
         os.kill(worker.pid, signal.SIGKILL)
+
+    async def test_stopped_worker_is_given_up_and_its_call_runs_elsewhere(self) -> None:
+        def seconds(_: int) -> float:
+            import asyncrt
+
+            return 3600 if asyncrt.current_call().attempt == 1 else 0
+
+        options = {"max_workers": 1, "heartbeat_interval": 0.2, "orphan_timeout": 1.0}
+        async with self.open(**options) as executor:
+            run = executor.map(takes(seconds, absolute), [-1])
+            await until_started(run)
+            worker = self.backend.connected[0].inner
+            assert isinstance(worker, LocalWorker)
+            os.kill(worker.pid, signal.SIGSTOP)
+            assert await run == [1]
+        assert run.calls[0].attempts == 2
+        assert len(self.backend.workers) == 2
 
 
 class TestLocalBackendWithoutFork(TestLocalBackend):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import io
 import subprocess
 import sys
 import zipfile
+from importlib.util import source_hash
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_on(program: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run code with nothing but the zipapp and the standard library."""
     return subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(program)!r})\n{code}"],
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(program)!r})\n{code}",
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -36,8 +42,21 @@ def run_on(program: Path, code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def meaning(source: bytes) -> str:
+    """Return what a source says, and where, but for its docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        if len(node.body) > 1 and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree, include_attributes=True)
+
+
 def test_the_same_sources_give_the_same_bytes_in_every_process(program: Path) -> None:
-    code = "from asyncrt.pack import pack_worker; import sys; sys.stdout.buffer.write(pack_worker())"
+    code = (
+        "from asyncrt.pack import pack_worker; import sys; sys.stdout.buffer.write(pack_worker())"
+    )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert again.stdout == program.read_bytes() == pack_worker()
 
@@ -61,29 +80,40 @@ def test_it_holds_only_what_may_travel(program: Path) -> None:
         names = archive.namelist()
         assert archive.testzip() is None
     package = Path(asyncrt.__file__).parent
-    worker = {f"asyncrt/worker/{path.name}" for path in (package / "worker").glob("*.py")}
-    light = {f"asyncrt/{name}.py" for name in ("__init__", "errors", "inside")}
-    assert {name for name in names if name.startswith("asyncrt/")} == worker | light
-    others = {name for name in names if not name.startswith("asyncrt/")}
-    assert "cloudpickle/cloudpickle.py" in others
-    assert {name.split("/")[0] for name in others} == {"__main__.py", "cloudpickle"}
-    assert all(name.endswith(".py") for name in names)
+    worker = {f"asyncrt/worker/{path.stem}" for path in (package / "worker").glob("*.py")}
+    light = {f"asyncrt/{name}" for name in ("__init__", "errors", "inside")}
+    modules = {name.rpartition(".")[0] for name in names}
+    assert {name for name in modules if name.startswith("asyncrt/")} == worker | light
+    others = {name for name in modules if not name.startswith("asyncrt/")}
+    assert "cloudpickle/cloudpickle" in others
+    assert {name.split("/")[0] for name in others} == {"__main__", "cloudpickle"}
+    assert {name.rpartition(".")[2] for name in names} == {"py", "pyc"}
 
 
-def test_it_imports_nothing_but_the_standard_library_and_itself(program: Path) -> None:
+def test_what_travels_imports_nothing_but_the_standard_library_and_itself() -> None:
     allowed = sys.stdlib_module_names | {"asyncrt", "cloudpickle"}
+    package = Path(asyncrt.__file__).parent
+    light = [package / f"{name}.py" for name in ("errors", "inside")]
+    for path in [*light, *(package / "worker").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            found: set[str] = set()
+            if isinstance(node, ast.Import):
+                found = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found = {str(node.module).split(".")[0]}
+            assert found <= allowed, path
+
+
+def test_its_bytecode_is_what_these_sources_compile_to(program: Path) -> None:
+    package = Path(asyncrt.__file__).parent
     with zipfile.ZipFile(program) as archive:
         for name in archive.namelist():
-            if not name.startswith("asyncrt/"):
-                continue
-            for node in ast.walk(ast.parse(archive.read(name))):
-                if isinstance(node, ast.Import):
-                    found = {alias.name.split(".")[0] for alias in node.names}
-                elif isinstance(node, ast.ImportFrom):
-                    found = {str(node.module).split(".")[0]}
-                else:
-                    continue
-                assert found <= allowed, name
+            if name.startswith("asyncrt/") and name.endswith(".pyc"):
+                source = (package.parent / name[:-1]).read_bytes()
+                assert archive.read(name)[8:16] == source_hash(source), name
+            elif name.startswith("asyncrt/"):
+                packed = archive.read(name)
+                assert meaning(packed) == meaning((package.parent / name).read_bytes()), name
 
 
 def test_errors_and_current_call_work_where_only_the_zipapp_is(program: Path) -> None:
@@ -99,7 +129,7 @@ def test_errors_and_current_call_work_where_only_the_zipapp_is(program: Path) ->
     assert done.returncode == 0, done.stderr
     said, where = done.stdout.splitlines()
     assert said == "current_call() works inside a call only"
-    assert where.split() == [asyncrt.__version__, f"{program}/asyncrt/__init__.py"]
+    assert where.split() == [asyncrt.__version__, f"{program}/asyncrt/__init__.pyc"]
 
 
 @pytest.mark.parametrize("name", ["Executor", "Run", "Retry", "connect", "load_config"])
@@ -146,9 +176,3 @@ def test_settings_survive_their_text() -> None:
 def test_other_texts_are_no_settings(text: str) -> None:
     with pytest.raises((ValueError, KeyError)):
         WorkerSettings.from_json(text)
-
-
-def test_a_module_is_read_from_the_zipapp_as_it_is_in_the_sources(program: Path) -> None:
-    with zipfile.ZipFile(io.BytesIO(program.read_bytes())) as archive:
-        packed = archive.read("asyncrt/worker/child.py")
-    assert packed == (Path(asyncrt.__file__).parent / "worker" / "child.py").read_bytes()

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import io
 import pickle
+import threading
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +84,7 @@ def test_arrays_come_out_as_they_went_in_aligned_and_as_views_of_the_body(
     value = {"array": array, "text": "x" * others, "more": [array[..., None].copy()] * others}
     raw = np.zeros(base + byte_length(encode(value, cloudpickle.Pickler, base=base)) + 64, "u1")
     start = -raw.ctypes.data % 64  # as aligned as memory that is mapped
-    body = memoryview(raw)[start : start + len(raw) - 64]
+    body = memoryview(raw.data)[start : start + len(raw) - 64]
     body[:] = joined(value, base=base)
     found = decode(body, base, len(body))
     np.testing.assert_array_equal(found["array"], array)
@@ -139,8 +140,6 @@ def test_what_a_reduction_raises_passes_through() -> None:
     with pytest.raises(ZeroDivisionError, match="odd"):
         encode(Odd(), cloudpickle.Pickler)
     with pytest.raises(TypeError, match="lock"):
-        import threading
-
         encode(threading.Lock(), cloudpickle.Pickler)
 
 

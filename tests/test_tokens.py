@@ -76,9 +76,9 @@ def test_the_largest_chunk_fits_without_blocking(tokens: Tokens) -> None:
 def test_chunks_follow_each_other_whatever_was_taken_back(chunks: list[tuple[int, int]]) -> None:
     tokens = Tokens()
     try:
-        for calls, begun in chunks:
+        for calls, wanted in chunks:
+            begun = min(calls, wanted)
             tokens.offer(calls)
-            begun = min(calls, begun)
             assert all(take(tokens.child_fd) for _ in range(begun))
             assert tokens.take_back() == calls - begun
             assert taken_until_end(tokens) == 0

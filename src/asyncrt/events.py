@@ -184,6 +184,7 @@ class Lost(Entry):
     sent: bool
 
     def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
         return (
             CallFailed(self.time, index, self.attempt, self.worker, self.time, self.error, None)
             for index in self.indexes

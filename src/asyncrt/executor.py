@@ -99,9 +99,14 @@ class Executor:
         backend = _choose_backend(settings.pool)
         self._settings = settings
         self._host = _Host()
-        await self._host.start()
-        if settings.pool.min_workers:
-            self._host.pool(settings.pool, backend)
+        try:
+            await self._host.start()
+            if settings.pool.min_workers:
+                self._host.pool(settings.pool, backend)
+        except BaseException:  # who is cancelled here gets no executor that could be closed
+            with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+                await self._host.close()
+            raise
 
     def _resolve(self) -> Settings:
         """Lay the options over environment and file. Reads files: not in the event loop."""

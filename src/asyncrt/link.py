@@ -60,6 +60,7 @@ class Link:
         token: bytes,
         heartbeat_interval: float,
         start_timeout: float,
+        orphan_timeout: float,
         schedule: Callable[[float, Callable[[], None]], object],
     ) -> None:
         self.worker = worker
@@ -71,6 +72,7 @@ class Link:
         self._token = token
         self._heartbeat_interval = heartbeat_interval
         self._start_timeout = start_timeout
+        self._orphan_timeout = orphan_timeout
         self._schedule = schedule
         self._now = asyncio.get_running_loop().time
         self._stream: ByteStream | None = None
@@ -113,7 +115,16 @@ class Link:
 
     async def _keep_connected(self, began: float) -> None:
         delay = _FIRST_DELAY
+        cut_at = began
         while self._fatal is None:
+            if self._step == "live":
+                cut_at = current_time()
+            elif self.joined and current_time() - cut_at > self._orphan_timeout:
+                # It has ended by itself by now; or it hangs, and would never say so.
+                waited = self._orphan_timeout
+                logger.warning("%s: unreachable for %g s, given up", self.name, waited)
+                self.worker.kill()
+                await anyio.sleep_forever()  # until its exit is seen
             left = began + self._start_timeout - current_time()
             if not self.joined and left <= 0:
                 self._give_up(

@@ -270,6 +270,7 @@ class WorkerPool:
                 token=self._token,
                 heartbeat_interval=self._settings.heartbeat_interval,
                 start_timeout=self._settings.start_timeout,
+                orphan_timeout=self._settings.orphan_timeout,
                 schedule=self._schedule,
             )
             self._links[link.name] = link

@@ -281,7 +281,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         await self._wait_until_quiet()
 
     async def _wait_until_quiet(self) -> None:
-        """Wait until no worker runs a call of it; a worker that cannot be reached may take longer."""
+        """Wait until no worker runs a call of it, but not for one that cannot be reached."""
         with anyio.move_on_after(_QUIET_SECONDS) as scope:
             await self.quiet.wait()
         if scope.cancelled_caught:

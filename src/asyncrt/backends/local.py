@@ -65,9 +65,9 @@ class LocalBackend:
             )
         directory = Path(tempfile.mkdtemp(prefix="asyncrt-", dir=_short_directory()))
         program = directory / "worker.pyz"
-        await anyio.to_thread.run_sync(lambda: program.write_bytes(pack_worker()))
         pool = LocalPool(settings, token, directory, program, self._spawn)
         try:
+            await anyio.to_thread.run_sync(lambda: program.write_bytes(pack_worker()))
             yield pool
         finally:
             with anyio.CancelScope(shield=True):

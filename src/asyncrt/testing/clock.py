@@ -7,7 +7,7 @@ import contextlib
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Final, TypeVar, TypeVarTuple, Unpack
+from typing import Any, Final, TypeVar, TypeVarTuple
 
 import anyio
 import anyio.to_thread
@@ -74,7 +74,7 @@ class VirtualClockEventLoop(asyncio.SelectorEventLoop):
         self._limiter = anyio.to_thread.current_default_thread_limiter()
 
     def run_in_executor(
-        self, executor: Any, func: Callable[[Unpack[Args]], R], *args: Unpack[Args]
+        self, executor: Any, func: Callable[[*Args], R], *args: *Args
     ) -> asyncio.Future[R]:
         """Run a function in a thread; the clock stands until it has returned."""
         future = super().run_in_executor(executor, func, *args)
@@ -109,9 +109,7 @@ def _has_other_threads() -> bool:
     )
 
 
-def run_in_virtual_time(
-    function: Callable[[Unpack[Args]], Coroutine[Any, Any, R]], *args: Unpack[Args]
-) -> R:
+def run_in_virtual_time(function: Callable[[*Args], Coroutine[Any, Any, R]], *args: *Args) -> R:
     """Run an async function to its end on a ``VirtualClockEventLoop``; return what it returns."""
     with asyncio.Runner(loop_factory=VirtualClockEventLoop) as runner:
         return runner.run(function(*args))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 try:
     import pytest
 except ModuleNotFoundError as missing:
@@ -10,7 +12,8 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 for _name in ("base", "inputs", "calls", "failures", "cancelling", "observing", "faults"):
-    pytest.register_assert_rewrite(f"asyncrt.testing.conformance{_name}")
+    if f"asyncrt.testing.conformance{_name}" not in sys.modules:
+        pytest.register_assert_rewrite(f"asyncrt.testing.conformance{_name}")
 
 from asyncrt.testing.conformancecalls import CallConformance  # noqa: E402 - rewritten from here on
 from asyncrt.testing.conformancecancelling import CancellingConformance  # noqa: E402
@@ -40,7 +43,7 @@ class BackendConformance(
             def leftovers(self) -> list[str]:
                 return [job.name for job in list_jobs()]
 
-    The tests are coroutines for anyio's pytest plugin: the module needs an ``anyio_backend`` fixture
-    that returns ``"asyncio"``. After each test nothing may be left. See ``ConformanceBase`` for all
-    hooks and flags.
+    The tests are coroutines for anyio's pytest plugin: the module needs an ``anyio_backend``
+    fixture that returns ``"asyncio"``. After each test nothing may be left. See
+    ``ConformanceBase`` for all hooks and flags.
     """

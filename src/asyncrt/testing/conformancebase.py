@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ import asyncrt
 from asyncrt.backends.base import Backend
 from asyncrt.events import CallEvent, CallStarted
 from asyncrt.testing.interposed import InterposedBackend
+
+absolute: Callable[[int], int] = abs  # to the type checker, `abs` alone may return anything
 
 
 class ConformanceBase:
@@ -37,6 +40,9 @@ class ConformanceBase:
     shares_files: ClassVar[bool] = True
 
     backend: InterposedBackend
+    _open = 0
+    _tasks_before: AbstractSet[asyncio.Task[Any]] = frozenset()
+    _tasks_left: Sequence[str] = ()
 
     def make_backend(self) -> Backend:
         """Return the backend to test."""
@@ -66,18 +72,26 @@ class ConformanceBase:
         """Make the backend; in the end, look for what the test left."""
         self.backend = InterposedBackend(self.make_backend())
         yield
+        assert list(self._tasks_left) == []
         assert self.leftovers() == []
 
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[asyncrt.Executor]:
-        """Open an executor on two workers of the backend; in the end, no task of it may be left."""
-        before = asyncio.all_tasks()
+        """Open an executor on two workers of the backend. It must leave no task behind."""
+        if not self._open:
+            self._tasks_before = asyncio.all_tasks()
+        self._open += 1
         merged = {"max_workers": 2, "echo": False, **self.executor_options(), **options}
-        async with asyncrt.Executor(
-            config=asyncrt.Config(), backend=self.backend, **merged
-        ) as executor:
-            yield executor
-        assert {task.get_name() for task in asyncio.all_tasks() - before} == set()
+        try:
+            async with asyncrt.Executor(
+                config=asyncrt.Config(), backend=self.backend, **merged
+            ) as executor:
+                yield executor
+        finally:
+            self._open -= 1
+            if not self._open:
+                left = asyncio.all_tasks() - self._tasks_before
+                self._tasks_left = sorted(task.get_name() for task in left)
 
     def needs(self, flag: str) -> None:
         """Skip a test that asks for what this backend cannot do."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncrt.errors import SerializationError
-from asyncrt.testing.conformancebase import ConformanceBase, Ran
+from asyncrt.testing.conformancebase import ConformanceBase, Ran, absolute
 from asyncrt.testing.scriptedcalls import takes
 
 
@@ -105,7 +105,7 @@ class CallConformance(ConformanceBase):
     async def test_argument_that_cannot_be_pickled_fails_its_call_only(self) -> None:
         inputs = [1, {"handle": threading.Lock()}, 3]
         async with self.open() as executor:
-            results = await executor.map(repr, inputs, return_exceptions=True)
+            results: list[Any] = await executor.map(repr, inputs, return_exceptions=True)
         assert results[0] == "1"
         assert results[2] == "3"
         assert isinstance(results[1], SerializationError)
@@ -151,7 +151,7 @@ class CallConformance(ConformanceBase):
 
     async def test_two_runs_of_one_executor_take_turns(self) -> None:
         async with self.open(max_workers=1) as executor:
-            long = executor.map(takes(0.01, abs), range(500), chunksize=1)
+            long = executor.map(takes(0.01, absolute), range(500), chunksize=1)
             assert await executor.map(str, range(3)) == ["0", "1", "2"]
             assert not long.done()
             await long.cancel()
@@ -196,10 +196,9 @@ class CallConformance(ConformanceBase):
             assert len({workers[index] for index in range(first, first + 10)}) == 1
 
     async def test_several_slots_run_calls_at_once(self) -> None:
+        slow_first = takes(lambda number: 0 if number else 3600, absolute)
         async with self.open(max_workers=1, slots=2) as executor:
-            run = executor.map(
-                takes(lambda number: 3600 if number == 0 else 0, abs), [0, 1], chunksize=1
-            )
+            run = executor.map(slow_first, [0, 1], chunksize=1)
             assert await run.calls[1] == 1
             await run.cancel()
         assert len(self.backend.workers) == 1

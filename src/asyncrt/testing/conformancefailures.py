@@ -17,7 +17,7 @@ from asyncrt.errors import (
     RunDeadlineError,
     WorkerCrashedError,
 )
-from asyncrt.testing.conformancebase import ConformanceBase, Ran, until_started
+from asyncrt.testing.conformancebase import ConformanceBase, Ran, absolute, until_started
 from asyncrt.testing.scriptedcalls import takes
 
 
@@ -55,9 +55,15 @@ class FailureConformance(ConformanceBase):
         assert "in fails" in note
 
     async def test_first_failure_is_raised_at_once_and_cancels_the_rest(self) -> None:
+        def seconds(number: int) -> float:
+            return 3600 if number else 0
+
+        def invert(number: int) -> int:
+            return 1 // number
+
         async with self.open() as executor:
             run = executor.map(
-                takes(lambda number: 3600 if number else 0, lambda number: 1 // number),
+                takes(seconds, invert),
                 [1, 0, 2, 3],
                 chunksize=1,
             )
@@ -130,9 +136,12 @@ class FailureConformance(ConformanceBase):
         assert caught.value.type_name == kind.__name__
 
     async def test_stop_iteration_does_not_end_the_consumer_silently(self) -> None:
+        def stops(_: int) -> None:
+            raise StopIteration
+
         async with self.open() as executor:
             with pytest.raises(RemoteError, match="StopIteration"):
-                [result async for result in executor.map(lambda _: next(iter(())), range(2))]
+                [result async for result in executor.map(stops, range(2))]
 
     async def test_call_that_exits_its_process_tells_the_code(self) -> None:
         self.needs("isolates_processes")
@@ -158,7 +167,7 @@ class FailureConformance(ConformanceBase):
             return number if number else ctypes.string_at(0)[0]
 
         async with self.open(max_workers=1) as executor:
-            results = await executor.map(
+            results: list[Any] = await executor.map(
                 crashes, [1, 2, 0, 3, 4], chunksize=5, return_exceptions=True
             )
         assert results[:2] + results[3:] == [1, 2, 3, 4]
@@ -196,12 +205,13 @@ class FailureConformance(ConformanceBase):
         assert caught.value.timeout == 0.2
 
     async def test_timeout_fails_the_slow_call_of_a_chunk_only(self) -> None:
-        slow = takes(lambda number: 3600 if number == 2 else 0, abs)
+        slow = takes(lambda number: 3600 if number == 2 else 0, absolute)
         async with self.open(max_workers=1) as executor:
             run = executor.map(slow, range(5), chunksize=5, timeout=0.5, return_exceptions=True)
-            results = await run
+            results: list[Any] = await run
         assert results[:2] + results[3:] == [0, 1, 3, 4]
         assert isinstance(results[2], CallTimeoutError)
+        assert results[2].timeout == 0.5
 
     async def test_timeout_holds_for_each_attempt(self) -> None:
         def seconds(_: int) -> float:
@@ -211,7 +221,10 @@ class FailureConformance(ConformanceBase):
 
         async with self.open() as executor:
             run = executor.map(
-                takes(seconds, abs), [-5], timeout=0.3, retries=asyncrt.Retry(attempts=3, delay=0)
+                takes(seconds, absolute),
+                [-5],
+                timeout=0.3,
+                retries=asyncrt.Retry(attempts=3, delay=0),
             )
             assert await run == [5]
         assert run.calls[0].attempts == 3
@@ -261,14 +274,11 @@ class FailureConformance(ConformanceBase):
         assert ran.numbers() == [0]
 
     async def test_run_past_its_deadline_keeps_what_was_done(self) -> None:
+        slow = takes(lambda number: 3600 if number else 0, absolute)
         async with self.open() as executor:
             await executor.submit(abs, 1)  # a worker is there
-            run = executor.map(
-                takes(lambda number: 3600 if number else 0, abs),
-                [0, 1],
-                chunksize=1,
-                deadline=anyio.current_time() + 1.0,
-            )
+            deadline = anyio.current_time() + 1.0
+            run = executor.map(slow, [0, 1], chunksize=1, deadline=deadline)
             with pytest.raises(RunDeadlineError):
                 await run
             assert [call.status for call in run.calls] == ["succeeded", "cancelled"]
@@ -291,8 +301,10 @@ class FailureConformance(ConformanceBase):
     async def test_failure_says_which_call_it_was_while_others_run(self) -> None:
         async with self.open() as executor:
             run = executor.map(
-                takes(3600, abs), range(2), timeout=0.4, return_exceptions=True, chunksize=1
+                takes(3600, absolute), range(2), timeout=0.4, return_exceptions=True, chunksize=1
             )
             await until_started(run)
-            results = await run
-        assert [error.index for error in results if isinstance(error, CallTimeoutError)] == [0, 1]
+            results: list[Any] = await run
+        assert [type(error) for error in results] == [CallTimeoutError] * 2
+        assert [error.index for error in results] == [0, 1]
+        assert all(error.run_id == run.id and error.worker for error in results)

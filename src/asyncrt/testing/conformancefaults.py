@@ -8,7 +8,7 @@ import pytest
 
 import asyncrt
 from asyncrt.errors import WorkerCrashedError, WorkerLostError
-from asyncrt.testing.conformancebase import ConformanceBase, Ran, until_started
+from asyncrt.testing.conformancebase import ConformanceBase, Ran, absolute, until_started
 from asyncrt.testing.scriptedcalls import takes
 
 _CALLS = 1000
@@ -26,7 +26,7 @@ class FaultConformance(ConformanceBase):
         self.needs("shares_files")
         ran = Ran(tmp_path)
         async with self.open() as executor:
-            run = executor.map(ran.counting(abs), range(_CALLS), max_in_flight=100)
+            run = executor.map(ran.counting(absolute), range(_CALLS), max_in_flight=100)
             results = []
             async for result in run:
                 results.append(result)
@@ -40,7 +40,7 @@ class FaultConformance(ConformanceBase):
         self.needs("shares_files")
         ran = Ran(tmp_path)
         async with self.open() as executor:
-            run = executor.map(ran.counting(abs), range(_CALLS), max_in_flight=100)
+            run = executor.map(ran.counting(absolute), range(_CALLS), max_in_flight=100)
             results = []
             async for result in run:
                 results.append(result)
@@ -53,7 +53,7 @@ class FaultConformance(ConformanceBase):
 
     async def test_result_that_was_finished_while_nobody_was_connected_comes_home(self) -> None:
         async with self.open(max_workers=1) as executor:
-            call = executor.submit(takes(0.3, abs), -1)
+            call = executor.submit(takes(0.3, absolute), -1)
             await until_started(call.run)
             self.backend.refuse_next_connections(6)
             self.cut_one_connection()
@@ -91,7 +91,7 @@ class FaultConformance(ConformanceBase):
             return 3600 if asyncrt.current_call().attempt == 1 else 0
 
         async with self.open(max_workers=1) as executor:
-            run = executor.map(takes(seconds, abs), [-1])
+            run = executor.map(takes(seconds, absolute), [-1])
             await until_started(run)
             self.kill_one_worker()
             assert await run == [1]
@@ -100,7 +100,7 @@ class FaultConformance(ConformanceBase):
 
     async def test_call_that_loses_every_worker_fails_as_that(self) -> None:
         async with self.open(max_workers=1) as executor:
-            run = executor.map(takes(3600, abs), [1])
+            run = executor.map(takes(3600, absolute), [1])
             for attempt in (1, 2, 3):
                 await until_started(run, attempt=attempt)
                 self.kill_one_worker()
@@ -148,7 +148,7 @@ class FaultConformance(ConformanceBase):
         assert caught.value.signal == 9
 
     async def test_calls_that_wait_behind_a_slow_one_go_elsewhere(self) -> None:
-        slow = takes(lambda number: 3600 if number == 200 else 0, abs)
+        slow = takes(lambda number: 3600 if number == 200 else 0, absolute)
         async with self.open() as executor:
             run = executor.map(slow, range(600), ordered=False)
             found = [await anext(aiter(run))]

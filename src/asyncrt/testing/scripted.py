@@ -29,8 +29,8 @@ class ScriptedBackend:
     """A backend without processes: calls run in the client's own event loop.
 
     Functions are called directly, coroutines become tasks, so a call that blocks blocks everything:
-    use ``takes`` for calls that last. Nothing is isolated: a call that ends the process ends the test.
-    A cancelled or timed out call is ended at its next ``await``. There is no memory limit.
+    use ``takes`` for calls that last. Nothing is isolated: a call that ends the process ends the
+    test. A cancelled or timed out call is ended at its next ``await``. There is no memory limit.
 
     Args:
         default_max_workers: What ``max_workers=None`` means.
@@ -402,9 +402,9 @@ class ScriptedWorker:
                 slot.take_back()
 
     def _end_if_done(self) -> None:
-        if self._ending and not self.busy and not self.ended:
-            if not self._unacknowledged or self._client is None:
-                self.end("it was told to end", exit_code=0, expected=True)
+        unread = self._unacknowledged and self._client is not None
+        if self._ending and not (self.busy or unread or self.ended):
+            self.end("it was told to end", exit_code=0, expected=True)
 
     # -- SlotOwner --------------------------------------------------------------------------------
 

@@ -156,18 +156,19 @@ class ScriptedSlot:
             timers.append(self._loop.call_later(timeout, self._time_out, message, timeout))
         if hold is not None:
             timers.append(self._loop.call_later(hold, self._owner.on_hold_over, self))
-        done: tuple[int, bytes] | None = None
+        done: list[tuple[int, bytes]] = []
         self._verdict = None
         try:
             with anyio.CancelScope() as self._scope:
-                done = await self._outcome(work, position, begin, end, started)
+                done.append(await self._outcome(work, position, begin, end, started))
         finally:
             for timer in timers:
                 timer.cancel()
-        if done is None:
-            done = Outcome.FAILED, self._verdict or b""
-        outcome, payload = done
+        outcome, payload = done[0] if done else (Outcome.FAILED, self._told_verdict())
         return RECORD.pack(started, self._loop.time(), len(payload), outcome) + payload
+
+    def _told_verdict(self) -> bytes:
+        return self._verdict or b""
 
     def _time_out(self, message: str, timeout: float) -> None:
         self.condemn("CallTimeoutError", message, timeout=timeout)
@@ -197,10 +198,10 @@ class ScriptedSlot:
                 value = await seating.drive(value)
             elif isinstance(value, types.GeneratorType | types.AsyncGeneratorType):
                 raise SerializationError("a generator cannot travel")
-        except asyncio.CancelledError as error:
+        except asyncio.CancelledError as error:  # noqa: ASYNC103 - raised on if it is ours
             if self._is_cancelled():
                 raise
-            return Outcome.RAISED, describe_error(error)
+            return Outcome.RAISED, describe_error(error)  # noqa: ASYNC104 - the user's own
         except BaseException as error:  # noqa: BLE001 - the outcome of user code, whatever it is
             return Outcome.RAISED, describe_error(error)
         finally:
@@ -286,7 +287,7 @@ class _Seating:
                 return stop.value
             try:
                 sent = yield waits_for
-            except BaseException as error:  # noqa: BLE001 - thrown into the coroutine
+            except BaseException as error:  # noqa: ASYNC103, BLE001 - thrown into the coroutine
                 raised = error
                 step = lambda: coroutine.throw(raised)  # noqa: B023, E731
             else:

@@ -58,8 +58,13 @@ def child(arguments: list[str]) -> None:
 
     control, tokens, board = (int(number) for number in arguments[:3])
     sys.path[1:] = json.loads(arguments[4])
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        run_child_on(control, tokens, board, arguments[3], {})
+    status = 1
+    try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            run_child_on(control, tokens, board, arguments[3], {})
+        status = 0
+    finally:
+        os._exit(status)  # like a forked child, which no thread of the user's code keeps alive
 
 
 if __name__ == "__main__":

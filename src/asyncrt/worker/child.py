@@ -66,6 +66,7 @@ class Child:
         self._first = 0
         self._flushed = 0.0
         self._measured = 0.0
+        self._pid = os.getpid()
 
     def preload(self, loaded: dict[str, _Loaded]) -> None:
         """Take functions that the server had loaded before it forked this process."""
@@ -88,17 +89,20 @@ class Child:
             received = self._channel.receive()
             if received is None:
                 return
-            for frame, _ in received:
-                if frame.kind == Kind.FUNCTION:
+            while received:
+                kind = received[0][0].kind
+                if kind == Kind.CALLS:
+                    self._run_chunk(received.pop(0)[0])  # no name here may keep its body alive
+                    continue
+                frame, _ = received.pop(0)
+                if kind == Kind.FUNCTION:
+                    self.forget(frame.header["forget"])
                     self._packed[frame.header["function"]] = frame.body
-                elif frame.kind == Kind.CALLS:
-                    self._run_chunk(frame)
-                elif frame.kind == Kind.QUIT:
+                elif kind == Kind.QUIT:
                     return
 
     def _run_chunk(self, frame: Frame) -> None:
         chunk = frame.header
-        self.forget(chunk.get("forget", ()))
         self._at = BOARD_START
         self._unsent = 0
         self._first = 0
@@ -110,6 +114,7 @@ class Child:
         body = memoryview(frame.body)
         at = 0
         loaded: _Loaded | bytes | None = None
+        segments: list[Buffer] = []
         for position in range(chunk["count"]):
             if not take(self._tokens):
                 break  # the parent took the rest back
@@ -128,15 +133,17 @@ class Child:
                 self._write(started, Outcome.RAISED, [loaded])
                 continue
             outcome, segments = _run_call(loaded, chunk["style"], body, begin, at)
+            if os.getpid() != self._pid:
+                os._exit(0)  # a copy that the call forked and let return: its answer is not wanted
             for stream in self._streams:
                 if stream.pending:
                     stream.flush()
+            seat.leave()  # before anybody can know of the outcome
             self._write(started, outcome, segments)
-            seat.leave()
         else:
             take(self._tokens)  # the end
         seat.run_id = None
-        del body, frame, loaded
+        del body, frame, loaded, segments
         self._flush(done=True)
 
     def _load(self, name: str) -> _Loaded | bytes:
@@ -230,7 +237,7 @@ def _run_call(
         return Outcome.RAISED, [describe_error(error)]
     try:
         return Outcome.SUCCESS, dump_result(value, base=RECORD.size)
-    except Exception as error:  # noqa: BLE001 - any object's own reduction may raise anything
+    except BaseException as error:  # noqa: BLE001 - any object's own reduction may raise anything
         reason = _explained(
             f"the call succeeded, but its result (a {_type_name(type(value))}) cannot be pickled",
             error,
@@ -263,7 +270,7 @@ def dump_result(value: Any, *, base: int = 0) -> list[Buffer]:
 
 
 def _explained(what: str, error: BaseException) -> SerializationError:
-    return SerializationError(f"{what}: {_type_name(type(error))}: {error}")
+    return SerializationError(f"{what}: {_type_name(type(error))}: {_text(error)}")
 
 
 def describe_error(error: BaseException) -> bytes:
@@ -284,7 +291,7 @@ def describe_error(error: BaseException) -> bytes:
         if type(copy).__qualname__ != type(error).__qualname__:
             return pack_raised({**facts, "reason": "pickle changes its type"}, ())
     except BaseException as reason:  # noqa: BLE001 - the user's own reduction and constructor
-        return pack_raised({**facts, "reason": f"{_type_name(type(reason))}: {reason}"}, ())
+        return pack_raised({**facts, "reason": f"{_type_name(type(reason))}: {_text(reason)}"}, ())
     return pack_raised(facts, [packed])
 
 
@@ -299,7 +306,7 @@ def _user_frames(error: BaseException) -> types.TracebackType | None:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as second:  # noqa: BLE001 - the user's own __str__
+    except BaseException as second:  # noqa: BLE001 - the user's own __str__
         return f"<str() raised {_type_name(type(second))}>"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from asyncrt.errors import ProtocolError
+from asyncrt.worker.channel import Channel
 from asyncrt.worker.connection import Connection
 from asyncrt.worker.memory import MemoryWatch
 from asyncrt.worker.protocol import Buffer, Frame, Kind
@@ -58,6 +59,7 @@ class Parent:
             watch=self._watch,
             unwatch=self._unwatch,
             on_frame=self._on_server,
+            on_template_lost=self._on_template_lost,
         )
         self._ending: str | None = None
         self._terminated = False
@@ -123,6 +125,7 @@ class Parent:
 
     def _unwatch(self, fileobj: Any) -> None:
         self._unwatched.add(fileobj)
+        self._stalled.discard(fileobj)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(fileobj)
 
@@ -392,7 +395,7 @@ class Parent:
             return self._now + LOOK_SECONDS
         position, started = running
         ran = self._now - started
-        if not chunk.announced and ran > 0:
+        if not chunk.announced and ran > 0 and slot.has_begun:
             chunk.announced = True
             part, position, _ = chunk.split(position, 1)[0]
             self._send(Kind.STARTED, {"chunk": part, "position": position, "time": started})
@@ -406,7 +409,8 @@ class Parent:
                 )
                 self._condemn(slot, verdict)
             look_at = max(started + chunk.timeout, self._now + 0.001)
-        if chunk.hold is not None and ran >= chunk.hold:
+        # A process that is still starting keeps its first call: it would come back for ever.
+        if chunk.hold is not None and ran >= chunk.hold and slot.has_begun:
             self._release(slot)
         if chunk.end - chunk.delivered > 1 or not chunk.announced or self._queue:
             look_at = min(look_at, self._now + LOOK_SECONDS)
@@ -471,9 +475,10 @@ class Parent:
                 return self._memory_verdict(slot)
             return explain_exit(code, slot.tail)
 
-        for fileobj in (slot.channel, slot.out, slot.err):
-            self._unwatch(fileobj)
-        slot.on_exit(code, explain)
+        if slot.is_open:
+            for fileobj in (slot.channel, slot.out, slot.err):
+                self._unwatch(fileobj)
+            slot.on_exit(code, explain)
         self._spawn(slot)
 
     def _log(self, chunk: Chunk | None, index: int, name: str, text: bytes) -> None:
@@ -498,6 +503,13 @@ class Parent:
             self._slots[number].pid = frame.header["pid"]
         elif frame.kind == Kind.EXITED:
             self._on_exit(self._slots[number], frame.header["code"])
+
+    def _on_template_lost(self, channel: Channel) -> None:
+        """Settle the children of a template that died: they died with it, and nobody tells."""
+        for slot in self._slots:
+            if slot.server is channel:
+                slot.kill()
+                self._on_exit(slot, -signal.SIGKILL)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -528,6 +540,8 @@ class Parent:
         for stranger in self._strangers:
             stranger.close()
         self._listener.close()
+        for slot in self._slots:
+            slot.kill()
         self._servers.close()
         for slot in self._slots:
             slot.close()

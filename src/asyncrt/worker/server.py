@@ -53,7 +53,8 @@ class Server:
                 pass
         finally:
             for pid in self._running:
-                kill_group(pid)
+                # A template kills its own children, which are in groups of their own, and ends.
+                kill_group(pid, signal.SIGKILL if pid in self._children else signal.SIGTERM)
             self._reap()
 
     def _serve_once(self) -> bool:
@@ -154,6 +155,7 @@ class Server:
             from asyncrt.worker.child import load_function  # noqa: PLC0415 - after the fork server started
 
             loaded = {**self._loaded, function: load_function(frame.body)}
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             server = Server(Channel(socket.socket(fileno=control)), spawn="fork", loaded=loaded)
             server.serve()
             status = 0
@@ -208,10 +210,10 @@ def run_server(sock: socket.socket, *, spawn: str) -> None:
     Server(Channel(sock), spawn=spawn).serve()
 
 
-def kill_group(pid: int) -> None:
+def kill_group(pid: int, number: int = signal.SIGKILL) -> None:
     """Kill a process and what it started, if they are there."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(pid, number)
 
 
 def _set_group(pid: int) -> None:

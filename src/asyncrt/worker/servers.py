@@ -35,6 +35,7 @@ class Servers:
         watch: Called with a server's channel and what to call when it is readable.
         unwatch: Called with a channel that is about to be closed.
         on_frame: Called with what a server says of its children.
+        on_template_lost: Called with the channel of a template that died.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Servers:
         watch: Callable[[Any, Callable[[], Any]], None],
         unwatch: Callable[[Any], None],
         on_frame: Callable[[Frame], None],
+        on_template_lost: Callable[[Channel], None],
     ) -> None:
         self._spawn = spawn
         self._watch = watch
         self._unwatch = unwatch
         self._on_frame = on_frame
+        self._on_template_lost = on_template_lost
         self._template: ServerProcess | None = None
         self._tried: set[str] = set()  # functions that a template was made for
         self.lost = False  # the server is gone, and its children with it
@@ -122,7 +125,10 @@ class Servers:
         received = server.channel.receive()
         if received is None:
             self._close(server)
-            self.lost = self.lost or server is self._server
+            if server is self._server:
+                self.lost = True
+            else:
+                self._on_template_lost(server.channel)
             return
         for frame, _ in received:
             if frame.kind != Kind.READY:

@@ -13,6 +13,7 @@ from asyncrt.errors import ProtocolError
 from asyncrt.worker.channel import INLINE_BYTES, Channel, SharedMemory, close_descriptors
 from asyncrt.worker.protocol import Buffer, Kind
 from asyncrt.worker.records import RECORD, Outcome, iterate_records, pack_failure
+from asyncrt.worker.server import kill_group
 from asyncrt.worker.tokens import Tokens
 
 BOARD_BYTES: Final = 1 << 19
@@ -173,6 +174,16 @@ class Slot:
             its.close()
             close_descriptors((out, err))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a child whose end is not settled."""
+        return self._open
+
+    def kill(self) -> None:
+        """Kill the child and what it started, without its server, which may be gone."""
+        if self._open and self.pid:
+            kill_group(self.pid)
+
     def retire(self) -> None:
         """Let the child end by itself; it has no chunk."""
         self.retiring = True
@@ -203,16 +214,14 @@ class Slot:
         self.tokens.offer(chunk.count)
         if chunk.function not in self._functions and function is not None:
             self._functions.add(chunk.function)
-            self.channel.send(Kind.FUNCTION, {"function": chunk.function}, [function])
-        header = chunk.header
-        if self._forget:
-            header = {**header, "forget": self._forget}
+            note = {"function": chunk.function, "forget": self._forget}
             self._forget = []
-        self.channel.send(Kind.CALLS, header, chunk.bodies)
+            self.channel.send(Kind.FUNCTION, note, [function])
+        self.channel.send(Kind.CALLS, chunk.header, chunk.bodies)
         chunk.bodies = []
 
     def forget(self, function: str) -> None:
-        """Let the child drop a function, with the next chunk."""
+        """Let the child drop a function, when it is given the next one."""
         if function in self._functions:
             self._functions.discard(function)
             self._forget.append(function)
@@ -230,6 +239,12 @@ class Slot:
             return chunk.delivered, chunk.began
         started: float = memoryview(self.board)[:8].cast("d")[0]
         return begun - 1, max(started, chunk.began)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the child has begun a call whose outcome is not known."""
+        chunk = self.chunk
+        return chunk is not None and chunk.end - self.tokens.left() > chunk.delivered
 
     def take_back(self) -> None:
         """Give the client back the calls of the current chunk that have not begun."""
@@ -336,7 +351,7 @@ class Slot:
         written = int.from_bytes(memoryview(self.board)[8:16], "little")
         records: list[Buffer] = []
         first = chunk.delivered
-        # Not more than began: it may have died after it sent the board, before it cleared the count.
+        # Not more than began: it may have died between sending the board and clearing the count.
         known = min(chunk.sent + written, chunk.end)
         count = known - first
         if count > 0:
@@ -362,7 +377,7 @@ class Slot:
                 pass
 
     def read_log(self, fd: int, name: str) -> bool | None:
-        """Hand on what the child printed; return whether there was anything, ``None`` at the end."""
+        """Hand on what the child printed; return whether there was any, ``None`` at the end."""
         try:
             data = os.read(fd, _LOG_READ_BYTES)
         except BlockingIOError:
@@ -398,8 +413,9 @@ def _check(header: dict[str, Any]) -> None:
         if not isinstance(header[name], str):
             raise ProtocolError(f"calls with {name}={header[name]!r}")
     for name in ("timeout", "hold"):
-        if not isinstance(header.get(name), int | float | None):
-            raise ProtocolError(f"calls with {name}={header[name]!r}")
+        value = header.get(name)
+        if value is not None and not (isinstance(value, int | float) and value >= 0):
+            raise ProtocolError(f"calls with {name}={value!r}")
     indexes = header["indexes"]
     if not (
         type(indexes) is int or (isinstance(indexes, list) and len(indexes) == header["count"])
@@ -446,9 +462,12 @@ def explain_exit(code: int, tail: bytes) -> Verdict:
 def _find_unfinished_mark(data: bytes, begin: bytes) -> int:
     """Return where a mark begins that goes on in what was not read yet; else the end."""
     last = data.rfind(begin)
-    if last >= 0 and b"\0" not in data[last + len(begin) :]:
-        return last
-    for size in range(min(len(begin) - 1, len(data)), 0, -1):
+    after = 0
+    if last >= 0:
+        after = data.find(b"\0", last + len(begin)) + 1
+        if not after:
+            return last
+    for size in range(min(len(begin) - 1, len(data) - after), 0, -1):
         if data.endswith(begin[:size]):
             return len(data) - size
     return len(data)

@@ -1,10 +1,10 @@
-"""asyncrt on this machine, beside ProcessPoolExecutor, dask.distributed and Ray, in one run.
+"""asyncrt on this machine, beside ProcessPoolExecutor, dask.distributed and Ray.
 
-    python benchmarks/local.py [--rounds 3] [--without dask,ray] [--markdown]
+    python benchmarks/local.py [--rounds 3] [--without dask,ray]
 
-Every peer has 2 workers and the same functions. A round opens each peer, measures and closes it, one
-after the other; figures are medians over the rounds, ratios are within a round. Machines are noisy:
-only the ratios mean something.
+Every peer has 2 workers and the same functions. A round opens each peer, measures and closes it,
+one after the other; figures are medians over the rounds, ratios are within a round. Machines are
+noisy: only the ratios mean something.
 """
 
 from __future__ import annotations
@@ -169,7 +169,9 @@ def measure_ray(figures: Figures) -> None:
     """Measure Ray."""
     import ray
 
-    ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, configure_logging=False
+    )
     try:
         remote = ray.remote(identity)
         ray.get([remote.remote(number) for number in range(WORKERS * 10)])
@@ -190,7 +192,7 @@ def measure_start(figures: Figures, bare: Figures) -> None:
 
     def run(code: str) -> float:
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603
+        subprocess.run([sys.executable, "-c", code], check=True)
         return time.perf_counter() - began
 
     bare_start = statistics.median(run("pass") for _ in range(15))
@@ -244,7 +246,6 @@ class Measure:
 
     Attributes:
         scale: Factor from the recorded value to the shown one.
-        target: The ratio to ProcessPoolExecutor (or the value itself) that is asked for.
     """
 
     name: str
@@ -275,8 +276,12 @@ def show(figures: dict[str, Figures], start: Figures, bare: Figures, size: int) 
             value = figures[peer].median(measure.name)
             shown = "" if value is None else f"{value * measure.scale:,.0f} {measure.unit}"
             cells.append(shown)
-        own, other = (figures[name].values[measure.name] for name in ("asyncrt", "processes"))
-        ratios[measure.name] = statistics.median(a / b for a, b in zip(own, other, strict=True))
+        pairs = zip(
+            figures["asyncrt"].values[measure.name],
+            figures["processes"].values[measure.name],
+            strict=True,
+        )
+        ratios[measure.name] = statistics.median(ours / theirs for ours, theirs in pairs)
         better = "faster" if (ratios[measure.name] > 1) == measure.more_is_better else "slower"
         cells.append(f"{ratios[measure.name]:.2f} x ({better})")
         print(f"| {measure.title} | {' | '.join(cells)} |")

@@ -1,12 +1,19 @@
-"""A place where calls report and wait until the test lets them go on. No clock is involved."""
+"""What tests run in workers, and a desk where calls report and wait until they may go on.
+
+No clock is involved. Workers import this module: it needs nothing of the client.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncrt
 
 
 def wait_at(port: int, name: object) -> None:
@@ -87,3 +94,66 @@ async def open_desk() -> AsyncIterator[Desk]:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class RefusedError(Exception):
+    """The user's own."""
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def refuse(number: int) -> int:
+    raise RefusedError(number)
+
+
+def refuse_odd(number: int) -> int:
+    if number % 2:
+        raise RefusedError(number)
+    return number
+
+
+class Wait:
+    """Waits at the desk if asked to, then squares."""
+
+    def __init__(self, desk: Desk, *only: int) -> None:
+        self.port = desk.port
+        self.only = only
+
+    def __call__(self, number: int) -> int:
+        if not self.only or number in self.only:
+            wait_at(self.port, number)
+        return number * number
+
+
+class RefuseOdd(Wait):
+    def __call__(self, number: int) -> int:
+        if number in self.only:
+            wait_at(self.port, number)
+        return refuse_odd(number)
+
+
+def keywords(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return args, kwargs
+
+
+def succeed_on_attempt(number: int) -> int:
+    attempt = asyncrt.current_call().attempt
+    if attempt < number:
+        raise RefusedError(attempt)
+    return attempt
+
+
+def look_around() -> tuple[str, int, int, bool, str]:
+    call = asyncrt.current_call()
+    (call.scratch() / "file").write_text("x")
+    return call.run_id, call.index, call.attempt, call.deadline is not None, str(call.scratch())
+
+
+def say(number: int) -> None:
+    print("number", number)
+
+
+def variable(name: str) -> str | None:
+    return os.environ.get(name)

@@ -17,7 +17,21 @@ import anyio
 import anyio.lowlevel
 import psutil
 import pytest
-from desk import Desk, open_desk, wait_at
+from desk import (
+    Desk,
+    RefusedError,
+    RefuseOdd,
+    Wait,
+    keywords,
+    look_around,
+    open_desk,
+    refuse,
+    refuse_odd,
+    say,
+    square,
+    succeed_on_attempt,
+    variable,
+)
 
 import asyncrt
 from asyncrt import Executor, Failure, Retry, Success
@@ -33,24 +47,6 @@ from asyncrt.events import CallQueued, CallReturned, CallSent, CallStarted, RunE
 pytestmark = pytest.mark.anyio
 
 
-class RefusedError(Exception):
-    """The user's own."""
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def refuse(number: int) -> int:
-    raise RefusedError(number)
-
-
-def refuse_odd(number: int) -> int:
-    if number % 2:
-        raise RefusedError(number)
-    return number
-
-
 @pytest.fixture
 async def desk() -> AsyncIterator[Desk]:
     async with open_desk() as desk:
@@ -61,19 +57,6 @@ async def desk() -> AsyncIterator[Desk]:
 async def executor() -> AsyncIterator[Executor]:
     async with Executor(max_workers=2, echo=False) as executor:
         yield executor
-
-
-class Wait:
-    """Waits at the desk if asked to, then squares."""
-
-    def __init__(self, desk: Desk, *only: int) -> None:
-        self.port = desk.port
-        self.only = only
-
-    def __call__(self, number: int) -> int:
-        if not self.only or number in self.only:
-            wait_at(self.port, number)
-        return number * number
 
 
 class Pulled:
@@ -115,7 +98,9 @@ async def test_calls_start_when_map_is_called(executor: Executor, desk: Desk) ->
     assert await run == [0, 1]
 
 
-async def test_a_submitted_call_starts_when_submit_is_called(executor: Executor, desk: Desk) -> None:
+async def test_a_submitted_call_starts_when_submit_is_called(
+    executor: Executor, desk: Desk
+) -> None:
     """Calls start when `map` is called."""
     call = executor.submit(Wait(desk), 3)
     await desk.arrived(3)
@@ -364,7 +349,9 @@ async def test_leaving_the_executor_drops_input_that_was_not_pulled(*, sized: bo
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-async def test_leaving_the_executor_does_not_wait_for_an_input_that_never_answers(kind: str) -> None:
+async def test_leaving_the_executor_does_not_wait_for_an_input_that_never_answers(
+    kind: str,
+) -> None:
     """...and drops input not yet pulled."""
     release = threading.Event()
 
@@ -415,7 +402,9 @@ async def test_unordered_results_come_as_they_are_there(executor: Executor, desk
     assert [await anext(results), await anext(results, None)] == [0, None]
 
 
-async def test_calls_come_as_they_complete_whatever_the_order(executor: Executor, desk: Desk) -> None:
+async def test_calls_come_as_they_complete_whatever_the_order(
+    executor: Executor, desk: Desk
+) -> None:
     """`ordered=True` is the default."""
     run = executor.map(Wait(desk, 0), range(3))
     calls = run.as_completed()
@@ -447,21 +436,10 @@ async def test_calls_are_a_bounded_window_for_unsized_input(executor: Executor) 
 # -- submit and options -------------------------------------------------------------------------------
 
 
-def keywords(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    return args, kwargs
-
-
 async def test_submit_takes_the_functions_own_arguments_only(executor: Executor) -> None:
     """`submit` takes the function's own arguments only: options through `with_options`."""
     result = await executor.submit(keywords, 1, timeout="mine", retries=2, fn=3, name=4)
     assert result == ((1,), {"timeout": "mine", "retries": 2, "fn": 3, "name": 4})
-
-
-def succeed_on_attempt(number: int) -> int:
-    attempt = asyncrt.current_call().attempt
-    if attempt < number:
-        raise RefusedError(attempt)
-    return attempt
 
 
 async def test_submit_gets_options_through_a_view(executor: Executor) -> None:
@@ -501,11 +479,11 @@ async def test_a_view_has_its_own_pool_when_the_shape_is_another(desk: Desk) -> 
         first = executor.submit(Wait(desk), 1)
         await desk.arrived(1)
         view = executor.with_options(env={"ASYNCRT_TEST": "there"})
-        assert await view.submit(os.environ.get, "ASYNCRT_TEST") == "there"
+        assert await view.submit(variable, "ASYNCRT_TEST") == "there"
         assert first.status == "sent"
         desk.release()
         await first
-        assert await executor.submit(os.environ.get, "ASYNCRT_TEST") is None
+        assert await executor.submit(variable, "ASYNCRT_TEST") is None
     assert processes() == []
 
 
@@ -523,13 +501,6 @@ async def test_a_view_never_closes_anything(executor: Executor) -> None:
 
 
 # -- failures -----------------------------------------------------------------------------------------
-
-
-class RefuseOdd(Wait):
-    def __call__(self, number: int) -> int:
-        if number in self.only:
-            wait_at(self.port, number)
-        return refuse_odd(number)
 
 
 async def test_the_first_failure_is_raised_when_it_happens_and_cancels_the_rest(
@@ -628,7 +599,9 @@ async def test_a_call_is_cancelled_by_itself(executor: Executor, desk: Desk) -> 
     assert sorted(desk.seen) == ["0", "1", "2"]
 
 
-async def test_cancelling_who_awaits_a_call_cancels_the_call(executor: Executor, desk: Desk) -> None:
+async def test_cancelling_who_awaits_a_call_cancels_the_call(
+    executor: Executor, desk: Desk
+) -> None:
     """awaitable; cancel(), logs(), index, attempts"""
     call = executor.submit(Wait(desk), 1)
     task = asyncio.ensure_future(call)
@@ -728,7 +701,7 @@ async def test_asyncio_timeout_around_a_map_works(executor: Executor, desk: Desk
 async def test_an_executor_may_be_opened_in_one_task_and_closed_in_another() -> None:
     """`connect()` hosts the task group in one task of its own"""
     executor = await asyncio.create_task(asyncrt.connect(max_workers=1, echo=False))
-    assert await asyncio.create_task(executor.submit(square, 3).run) == [9]  # type: ignore[arg-type]
+    assert await asyncio.ensure_future(executor.submit(square, 3)) == 9
     await asyncio.create_task(executor.aclose())
     assert processes() == []
 
@@ -797,22 +770,12 @@ async def test_short_calls_are_coalesced(executor: Executor) -> None:
 # -- inside -------------------------------------------------------------------------------------------
 
 
-def look_around() -> tuple[str, int, int, bool, str]:
-    call = asyncrt.current_call()
-    (call.scratch() / "file").write_text("x")
-    return call.run_id, call.index, call.attempt, call.deadline is not None, str(call.scratch())
-
-
 async def test_a_call_knows_itself_and_its_scratch_directory_is_removed(executor: Executor) -> None:
     """Inside a call, `asyncrt.current_call()` gives run, index, attempt, deadline and a scratch dir."""
     call = executor.with_options(timeout=60.0).submit(look_around)
     run_id, index, attempt, limited, scratch = await call
     assert (run_id, index, attempt, limited) == (call.run.id, 0, 1, True)
     assert not Path(scratch).exists()
-
-
-def say(number: int) -> None:
-    print("number", number)
 
 
 async def test_a_call_keeps_what_it_printed(executor: Executor) -> None:

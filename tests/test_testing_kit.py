@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -528,6 +529,11 @@ def test_everything_in_all_is_there() -> None:
     assert [name for name in asyncrt.testing.__all__ if not hasattr(asyncrt.testing, name)] == []
     with pytest.raises(AttributeError, match="no_such_name"):
         asyncrt.testing.no_such_name  # noqa: B018
+
+
+def test_example_in_the_documentation_runs() -> None:
+    code = str(asyncrt.testing.__doc__).partition("\n\n")[2].partition("\n\n``")[0]
+    exec(textwrap.dedent(code), {})  # noqa: S102
 
 
 def test_conformance_without_pytest_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

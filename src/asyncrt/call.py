@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Generator
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+import anyio.lowlevel
+
 from asyncrt.outcome import Failure, Success
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ class Call(Awaitable[R], Generic[R]):
         Who awaits it gets ``RunCancelledError``. The other calls of its run go on if the run has
         ``return_exceptions=True``; else this counts as its first failure.
         """
-        await self._run.cancel_call(self._index)
+        self._run.cancel_call(self._index)
+        await anyio.lowlevel.checkpoint()  # so that the cancel is on its way
 
     def logs(self) -> str:
         """Return what it printed so far: the last 64 KiB, all attempts."""

@@ -17,7 +17,7 @@ import anyio.to_thread
 
 from asyncrt.backends.local import LocalBackend
 from asyncrt.errors import ConfigError, ExecutorClosedError
-from asyncrt.options import CallOptions, ExecutorOptions, PoolSettings, Settings
+from asyncrt.options import CallOptions, CommonCallOptions, ExecutorOptions, PoolSettings, Settings
 from asyncrt.pool import WorkerPool
 from asyncrt.run import Run
 from asyncrt.serialize import FunctionPacker
@@ -82,7 +82,8 @@ class Executor:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._close(cancel=exc_type is not None)
+        # Waits as long as calls run, as ``async with`` promises; the closing itself is shielded.
+        await self._close(cancel=exc_type is not None)  # noqa: ASYNC102
 
     async def aclose(self, *, cancel: bool = False) -> None:
         """Close: wait for what was started, then end all workers. No-op when closed.
@@ -125,7 +126,7 @@ class Executor:
             if not cancel:
                 await host.drain()
         finally:
-            await host.close()
+            await host.close()  # noqa: ASYNC102 - shields itself, and is bounded in time
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -149,13 +150,33 @@ class Executor:
 
         Raises:
             TypeError: Not a function that can run elsewhere.
-            SerializationError: The function cannot be pickled. (Arguments that cannot are told by
-            the
-                call.)
+            SerializationError: The function cannot be pickled. (Of arguments the call tells it.)
             ExecutorClosedError: The executor is not open.
         """
         run: Run[Any] = self._start(fn, [[(args, kwargs)]], "full", {}, {})
         return run.calls[0]
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, R]],
+        /,
+        *iterables: _Inputs,
+        kwargs: Mapping[str, Any] | None = None,
+        return_exceptions: Literal[True],
+        **options: Unpack[CommonCallOptions],
+    ) -> Run[R | Exception]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., R],
+        /,
+        *iterables: _Inputs,
+        kwargs: Mapping[str, Any] | None = None,
+        return_exceptions: Literal[True],
+        **options: Unpack[CommonCallOptions],
+    ) -> Run[R | Exception]: ...
 
     @overload
     def map(
@@ -202,9 +223,8 @@ class Executor:
         Args:
             fn: A plain or ``async def`` function, a lambda, a partial, a method, any callable.
             iterables: Inputs; with several, the calls get one item of each, up to the shortest.
-            Sized
-                ones are taken whole. Iterators and async iterables may be infinite: they are pulled
-                as results are consumed, blocking ones in a thread.
+                Sized ones are taken whole. Iterators and async iterables may be infinite: they are
+                pulled as results are consumed, blocking ones in a thread.
             kwargs: Keyword arguments that all calls share; they travel once.
             options: See ``CallOptions``.
 
@@ -217,6 +237,42 @@ class Executor:
         style: Literal["one", "star"] = "one" if len(iterables) == 1 else "star"
         return self._start(fn, iterables, style, kwargs or {}, options)
 
+    @overload
+    def starmap(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, R]],
+        /,
+        iterable: _Inputs,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        return_exceptions: Literal[True],
+        **options: Unpack[CommonCallOptions],
+    ) -> Run[R | Exception]: ...
+
+    @overload
+    def starmap(
+        self,
+        fn: Callable[..., R],
+        /,
+        iterable: _Inputs,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        return_exceptions: Literal[True],
+        **options: Unpack[CommonCallOptions],
+    ) -> Run[R | Exception]: ...
+
+    @overload
+    def starmap(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, R]],
+        /,
+        iterable: _Inputs,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Run[R]: ...
+
+    @overload
     def starmap(
         self,
         fn: Callable[..., R],
@@ -225,7 +281,17 @@ class Executor:
         *,
         kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[CallOptions],
-    ) -> Run[R]:
+    ) -> Run[R]: ...
+
+    def starmap(
+        self,
+        fn: Callable[..., Any],
+        /,
+        iterable: _Inputs,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Run[Any]:
         """Start ``fn(*item)`` for each item of the input. Otherwise as ``map``.
 
         Example:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, Literal, TypedDict
+from typing import Any, Final, Literal, TypedDict, get_type_hints
 
 from asyncrt.checks import (
     check_bool,
@@ -87,11 +87,10 @@ class Retry:
         return delay * draw if self.jitter else delay
 
 
-class CallOptions(TypedDict, total=False):
-    """Options of ``map``, ``starmap`` and ``with_options`` that need no other workers."""
+class CommonCallOptions(TypedDict, total=False):
+    """``CallOptions`` without the one that changes what a run gives."""
 
     ordered: bool
-    return_exceptions: bool
     max_in_flight: int | None
     chunksize: int | Literal["auto"]
     retries: Retry | int | None
@@ -99,6 +98,12 @@ class CallOptions(TypedDict, total=False):
     deadline: float | None
     isolation: Literal["worker", "call"]
     name: str | None
+
+
+class CallOptions(CommonCallOptions, total=False):
+    """Options of ``map``, ``starmap`` and ``with_options`` that need no other workers."""
+
+    return_exceptions: bool
 
 
 class ExecutorOptions(CallOptions, total=False):
@@ -275,8 +280,8 @@ class PoolSettings:
         return self.recycle_memory_bytes
 
 
-CALL_OPTIONS: Final = frozenset(CallOptions.__annotations__)
-POOL_OPTIONS: Final = frozenset(ExecutorOptions.__annotations__) - CALL_OPTIONS
+CALL_OPTIONS: Final = frozenset(get_type_hints(CallOptions))
+POOL_OPTIONS: Final = frozenset(get_type_hints(ExecutorOptions)) - CALL_OPTIONS
 
 # Options that users write as quantities: the field that holds the number, and its parser.
 _QUANTITIES: Final[Mapping[str, tuple[str, Callable[..., int]]]] = {

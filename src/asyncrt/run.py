@@ -278,7 +278,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     async def __aexit__(self, *exc_info: object) -> None:
         if not self._done.is_set():
             self._end("cancelled", RunCancelledError(f"run {self.id} was left before its end"))
-        await self._wait_until_quiet()
+        await self._wait_until_quiet()  # noqa: ASYNC102 - bounded; a cancellation may end it
 
     async def _wait_until_quiet(self) -> None:
         """Wait until no worker runs a call of it, but not for one that cannot be reached."""
@@ -287,7 +287,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if scope.cancelled_caught:
             logger.warning("run %s: calls may run on, no word within %s s", self.id, _QUIET_SECONDS)
 
-    async def cancel_call(self, index: int) -> None:
+    def cancel_call(self, index: int) -> None:
         """Give up one call. See ``Call.cancel``."""
         if self._state_of(index) == _OPEN and not self._done.is_set():
             self._owner.give_up_call(self, index)
@@ -319,7 +319,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
                 if self._total == 1:
                     self._end_cancelled()
                 else:
-                    await self.cancel_call(index)
+                    self.cancel_call(index)
                 raise
             finally:
                 waiting.discard(settled)

@@ -102,7 +102,7 @@ class Feed:
         iterators = [_as_async(iterable) for iterable in self._iterables]
         pulled = 0
         try:
-            while True:
+            while True:  # noqa: ASYNC913 - it waits for room, for the input, or every 64 items
                 while self._room <= len(self._batch):
                     if self._batch:
                         self._hand_on()
@@ -198,7 +198,7 @@ class _Puller(threading.Thread):
         error: BaseException | None = None
         try:
             self._pull()
-        except BaseException as raised:  # noqa: BLE001 - handed to the run, whatever it is
+        except BaseException as raised:  # noqa: ASYNC103, BLE001 - handed to the run, which raises
             error = raised
         self._call(self._flush)
         self._call(lambda: self._finished(error))

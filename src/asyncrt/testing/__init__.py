@@ -1,13 +1,16 @@
 """For tests of code that uses asyncrt, and of backends: nothing here starts a process or waits.
 
+    import asyncrt
     from asyncrt.testing import ScriptedBackend, run_in_virtual_time, takes
 
     async def main() -> None:
         backend = ScriptedBackend()
-        async with asyncrt.Executor(backend=backend) as executor:
-            run = executor.map(takes(3600, str), range(10))
-            ...
-            backend.workers[0].cut_connection()
+        async with asyncrt.Executor(backend=backend, max_workers=1) as executor:
+            run = executor.map(takes(3600, str), range(3))
+            async for text in run:
+                if text == "1":
+                    backend.workers[0].die()
+            assert run.stats.requeued == 1
 
     run_in_virtual_time(main)
 

@@ -6,7 +6,9 @@ No clock is involved. Workers import this module: it needs nothing of the client
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -58,22 +60,29 @@ class Desk:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Attend to one call."""
-        name = (await reader.readline()).decode().strip()
+        try:
+            await self._attend((await reader.readline()).decode().strip(), reader)
+            writer.write(b"!")
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _attend(self, name: str, reader: asyncio.StreamReader) -> None:
         self.seen.append(name)
         self._arrived[name].set()
-        if not self._all_released:
-            released = asyncio.create_task(self._released[name].wait())
-            ended = asyncio.create_task(reader.read())
-            try:
-                await asyncio.wait({released, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if not released.done():
-                    self._killed[name].set()
-            finally:
-                for task in (released, ended):
-                    task.cancel()
-                await asyncio.gather(released, ended, return_exceptions=True)
-        writer.write(b"!")
-        writer.close()
+        if self._all_released:
+            return
+        released = asyncio.create_task(self._released[name].wait())
+        ended = asyncio.create_task(reader.read())
+        try:
+            await asyncio.wait({released, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not released.done():
+                self._killed[name].set()
+        finally:
+            for task in (released, ended):
+                task.cancel()
+            await asyncio.gather(released, ended, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -157,3 +166,42 @@ def say(number: int) -> None:
 
 def variable(name: str) -> str | None:
     return os.environ.get(name)
+
+
+def size_of(data: bytes) -> int:
+    return len(data)
+
+
+def make_bytes(size: int) -> bytes:
+    return b"x" * size
+
+
+def size_of_array(array: object) -> int:
+    return int(array.nbytes)  # type: ignore[attr-defined]
+
+
+def make_array(size: int) -> object:
+    import numpy as np
+
+    return np.ones(size // 8)
+
+
+def kill_self_once(number: int, *, at: int, mark: str) -> int:
+    """Die at one number, the first time that it comes."""
+    if number == at:
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return number * number
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def kill_server(directory: str) -> None:
+    """Kill the worker's parent, from within a call."""
+    call = asyncrt.current_call()
+    open(f"{directory}/{call.attempt}", "x").close()
+    with open(f"/proc/{os.getppid()}/stat") as file:
+        parent = int(file.read().rpartition(")")[2].split()[1])
+    os.kill(parent, signal.SIGKILL)
+    signal.pause()

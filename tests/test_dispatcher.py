@@ -41,7 +41,11 @@ TWICE = Retry(attempts=2, delay=1.0, jitter=False)
 
 
 def make(
-    *workers: str, slots: int = 1, chunksize: int | None = 1, retry: Retry = ONCE, alone: bool = False
+    *workers: str,
+    slots: int = 1,
+    chunksize: int | None = 1,
+    retry: Retry = ONCE,
+    alone: bool = False,
 ) -> tuple[Dispatcher, RunQueue]:
     dispatcher = Dispatcher(draw=itertools.repeat(1.0))
     for worker in workers:
@@ -67,7 +71,7 @@ def finish(
     return actions
 
 
-# -- sending ------------------------------------------------------------------------------------------
+# -- sending ---------------------------------------------------------------------------------------
 
 
 def test_calls_that_were_offered_before_a_worker_joined_are_sent_when_it_does() -> None:
@@ -177,7 +181,7 @@ def test_a_worker_is_idle_from_the_end_of_its_last_chunk_on() -> None:
     assert dispatcher.workers["a"].idle_since == 7.0
 
 
-# -- outcomes -----------------------------------------------------------------------------------------
+# -- outcomes --------------------------------------------------------------------------------------
 
 
 def test_outcomes_of_a_chunk_may_come_in_parts() -> None:
@@ -260,7 +264,9 @@ def test_calls_that_cannot_be_sent_fail_and_the_others_of_their_chunk_are_sent_a
     (chunk,) = chunks(dispatcher.offer(run, 3, now=0.0))
     error = TypeError("a lock")
     actions = dispatcher.unsendable(chunk, {1: error}, now=0.0)
-    assert [action for action in actions if isinstance(action, Failed)] == [Failed(run, 1, error, 1)]
+    assert [action for action in actions if isinstance(action, Failed)] == [
+        Failed(run, 1, error, 1)
+    ]
     assert sorted(itertools.chain(*sent(actions))) == [0, 2]
 
 
@@ -270,7 +276,7 @@ def test_a_worker_whose_only_call_cannot_be_sent_gets_the_next_one() -> None:
     assert sent(dispatcher.unsendable(chunk, {0: TypeError()}, now=0.0)) == [[1]]
 
 
-# -- lost workers -------------------------------------------------------------------------------------
+# -- lost workers ----------------------------------------------------------------------------------
 
 
 def test_calls_of_a_lost_worker_are_sent_again_uncharged_and_each_for_itself() -> None:
@@ -330,7 +336,7 @@ def test_after_a_reconnection_what_the_worker_does_not_know_is_sent_again() -> N
     assert dispatcher.chunk("a", first.id) is None
 
 
-# -- taking back --------------------------------------------------------------------------------------
+# -- taking back -----------------------------------------------------------------------------------
 
 
 def test_a_call_that_waits_behind_another_is_asked_back_for_an_idle_worker() -> None:
@@ -383,7 +389,7 @@ def test_calls_that_are_given_back_twice_are_sent_again_once() -> None:
     assert dispatcher.revoked(chunk, 0, 9, now=0.0) == []
 
 
-# -- cancelling ---------------------------------------------------------------------------------------
+# -- cancelling ------------------------------------------------------------------------------------
 
 
 def test_cancelling_a_run_tells_its_workers_once_and_sends_nothing_more() -> None:
@@ -458,14 +464,14 @@ def test_a_run_that_has_finished_is_given_no_more_turns() -> None:
     assert dispatcher.offer(run, 1, now=0.0) == []
 
 
-# -- any interleaving ---------------------------------------------------------------------------------
+# -- any interleaving ------------------------------------------------------------------------------
 
 
 class Model(RuleBasedStateMachine):
     """Plays workers, the client and the network against the dispatcher.
 
-    What a worker has is taken from ``Send`` only. It runs its chunks from the front, reports outcomes
-    once or twice, and gives back from the end.
+    What a worker has is taken from ``Send`` only. It runs its chunks from the front, reports
+    outcomes once or twice, and gives back from the end.
     """
 
     runs = Bundle("runs")
@@ -493,9 +499,7 @@ class Model(RuleBasedStateMachine):
                 self.receive(action.chunk)
             elif isinstance(action, Failed):
                 self.settle(action.run, action.index)
-            elif isinstance(action, Cancel):
-                assert (action.worker, action.chunk) in self.out
-            elif isinstance(action, Revoke):
+            elif isinstance(action, (Cancel, Revoke)):
                 assert (action.worker, action.chunk) in self.out
             elif isinstance(action, Requeued):
                 for index in action.indexes:
@@ -577,7 +581,9 @@ class Model(RuleBasedStateMachine):
         self.dispatcher.drain(name)
 
     @precondition(lambda self: self.out)
-    @rule(data=st.data(), count=st.integers(1, 10), seconds=st.sampled_from([1e-6, 1e-3, 0.02, 1.0]))
+    @rule(
+        data=st.data(), count=st.integers(1, 10), seconds=st.sampled_from([1e-6, 1e-3, 0.02, 1.0])
+    )
     def run_some(self, data: st.DataObject, count: int, seconds: float) -> None:
         key = data.draw(st.sampled_from(sorted(self.out)))
         first = self.done[key]
@@ -595,7 +601,9 @@ class Model(RuleBasedStateMachine):
             self.let_go(key)
         if chunk is None:
             return
-        failures: dict[int, Exception] = {position: ValueError(str(position)) for position in failing}
+        failures: dict[int, Exception] = {
+            position: ValueError(str(position)) for position in failing
+        }
         news, actions = self.dispatcher.finished(
             chunk, first, count, failures, busy_seconds=count * seconds, now=self.now
         )
@@ -605,7 +613,7 @@ class Model(RuleBasedStateMachine):
 
     def let_go(self, key: tuple[str, int]) -> None:
         for of_chunk in (self.out, self.done, self.ends):
-            del of_chunk[key]  # type: ignore[attr-defined]
+            del of_chunk[key]
 
     @precondition(lambda self: self.past)
     @rule(data=st.data(), fails=st.booleans())
@@ -653,9 +661,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(run=runs, data=st.data())
     def cancel_call(self, run: RunQueue, data: st.DataObject) -> None:
-        open_indexes = [
-            index for index in range(run.offered) if not self.settled[run.id, index]
-        ]
+        open_indexes = [index for index in range(run.offered) if not self.settled[run.id, index]]
         if not open_indexes or run.over:
             return
         index = data.draw(st.sampled_from(open_indexes))

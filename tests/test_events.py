@@ -158,7 +158,7 @@ async def test_a_reader_waits_for_what_is_to_come_and_ends_with_the_run() -> Non
         async def reader() -> None:
             async with EventStream(log) as events:
                 async for event in events:
-                    seen.append(event)  # noqa: PERF401 - what came so far is looked at below
+                    seen.append(event)
 
         group.start_soon(reader)
         await anyio.wait_all_tasks_blocked()

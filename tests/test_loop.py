@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from desk import square
+from desk import make_array, make_bytes, size_of, size_of_array, square
 
 from asyncrt import Executor
 
@@ -52,24 +52,6 @@ async def heartbeat() -> AsyncIterator[Heartbeat]:
         await asyncio.wait({task})
 
 
-def size_of(data: bytes) -> int:
-    return len(data)
-
-
-def make_bytes(size: int) -> bytes:
-    return bytes(size)
-
-
-def size_of_array(array: object) -> int:
-    return int(array.nbytes)  # type: ignore[attr-defined]
-
-
-def make_array(size: int) -> object:
-    import numpy as np
-
-    return np.ones(size // 8)
-
-
 @pytest.fixture
 async def executor() -> AsyncIterator[Executor]:
     async with Executor(max_workers=1, echo=False) as executor:
@@ -100,7 +82,9 @@ async def test_large_results_do_not_block_the_loop(executor: Executor, kind: str
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-async def test_a_timeout_around_an_endless_map_returns_at_once_and_leaves_nothing(kind: str) -> None:
+async def test_a_timeout_around_an_endless_map_returns_at_once_and_leaves_nothing(
+    kind: str,
+) -> None:
     async def numbers() -> AsyncIterator[int]:
         for number in itertools.count():
             yield number
@@ -166,9 +150,9 @@ def peak():
 
 def make(size):
     if KIND == "bytes":
-        return bytes(size)
+        return b"x" * size
     import numpy as np
-    return np.zeros(size, dtype="u1") + np.uint8(1)
+    return np.ones(size, dtype="u1")
 
 KIND = %r
 

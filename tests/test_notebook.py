@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
 
 import nbformat
 import psutil
@@ -36,8 +35,8 @@ class Notebook:
 
 
 @pytest.fixture
-def notebook() -> Iterator[Notebook]:
-    yield Notebook()
+def notebook() -> Notebook:
+    return Notebook()
 
 
 async def test_an_executor_lives_across_cells(notebook: Notebook) -> None:
@@ -59,7 +58,9 @@ async def test_an_interrupted_cell_cancels_its_run_only(notebook: Notebook) -> N
     async with notebook.client.async_setup_kernel():
         await notebook.run("import asyncrt\nexecutor = await asyncrt.connect(max_workers=2)")
         pid = int(await notebook.run("import os\nprint(os.getpid())"))
-        await notebook.run("def nap(seconds):\n    import time\n    time.sleep(seconds)\n    return 7")
+        await notebook.run(
+            "def nap(seconds):\n    import time\n    time.sleep(seconds)\n    return 7"
+        )
         await notebook.run("other = executor.submit(nap, 0.5)")
         cell = asyncio.ensure_future(
             notebook.run("run = executor.map(nap, [600])\nprint('begun', flush=True)\nawait run")
@@ -69,7 +70,7 @@ async def test_an_interrupted_cell_cancels_its_run_only(notebook: Notebook) -> N
             assert not done
         began = time.monotonic()
         os.kill(pid, 2)  # as Jupyter's stop button does
-        with pytest.raises(CellExecutionError, match="KeyboardInterrupt|CancelledError"):
+        with pytest.raises(CellExecutionError, match=r"KeyboardInterrupt|CancelledError"):
             await cell
         assert time.monotonic() - began < 1.5
         assert await notebook.run("print(await other)") == "7\n"

@@ -48,9 +48,10 @@ def meaning(source: bytes) -> str:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             continue
-        if len(node.body) > 1 and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.dump(tree, include_attributes=True)
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body[0] = ast.Pass(lineno=0, col_offset=0)
+    lines = [getattr(node, "lineno", 0) for node in ast.walk(tree)]
+    return f"{ast.dump(tree)} {lines}"
 
 
 def test_the_same_sources_give_the_same_bytes_in_every_process(program: Path) -> None:

@@ -56,6 +56,10 @@ def travel(fn: Callable[..., Any], *arguments: Any) -> Any:
     return asyncio.run(value) if asyncio.iscoroutine(value) else value
 
 
+def unpicklable(value: Any = None) -> Any:
+    return threading.Lock() if value is None else value
+
+
 class Multiplier:
     def __init__(self, factor: int) -> None:
         self.factor = factor
@@ -95,7 +99,7 @@ def scaled(value: int, *, by: int) -> int:
     return value * by
 
 
-# -- functions that travel ----------------------------------------------------------------------------
+# -- functions that travel -------------------------------------------------------------------------
 
 
 def nested(factor: int) -> Callable[[int], int]:
@@ -126,7 +130,7 @@ def test_every_kind_of_callable_travels(fn: Callable[..., Any]) -> None:
     assert travel(fn, 7) == 21
 
 
-MAIN = '''
+MAIN = """
 import asyncio, functools, json, asyncrt
 
 FACTOR = 3
@@ -140,6 +144,10 @@ def recursive(value):
 async def triple_slowly(value):
     await asyncio.sleep(0)
     return triple(value)
+
+def unpicklable(value: Any = None) -> Any:
+    return threading.Lock() if value is None else value
+
 
 class Multiplier:
     def __init__(self, factor):
@@ -182,7 +190,7 @@ async def main():
     print(json.dumps([values, same_type, refused]))
 
 asyncio.run(main())
-'''
+"""
 
 
 def test_functions_classes_and_errors_of_main_travel_both_ways(tmp_path: Path) -> None:
@@ -264,7 +272,7 @@ def test_a_callable_has_a_name_for_people(fn: Any, label: str) -> None:
     assert label_of(fn) == label
 
 
-# -- functions that are refused -----------------------------------------------------------------------
+# -- functions that are refused --------------------------------------------------------------------
 
 
 def generate(value: int) -> Iterator[int]:
@@ -297,7 +305,7 @@ class GeneratesWhenCalled:
     ids=["plain", "async", "partial", "method", "callable object"],
 )
 def test_a_generator_function_is_refused(fn: Any) -> None:
-    with pytest.raises(TypeError, match="is a generator function.*return a list"):
+    with pytest.raises(TypeError, match=r"is a generator function.*return a list"):
         check_function(fn)
 
 
@@ -327,7 +335,7 @@ def test_what_cannot_be_called_is_refused_by_its_type(value: Any) -> None:
         pack_function(value, {})
 
 
-# -- what cannot be pickled is named ------------------------------------------------------------------
+# -- what cannot be pickled is named ---------------------------------------------------------------
 
 
 def refusal(fn: Callable[..., Any], **fixed: Any) -> SerializationError:
@@ -366,8 +374,8 @@ def test_a_default_value_that_cannot_be_pickled_is_named() -> None:
 
 
 def test_an_argument_of_a_partial_that_cannot_be_pickled_is_named() -> None:
-    assert refusal(functools.partial(triple, threading.Lock())).path == "triple.args[0]"
-    bad = functools.partial(scaled, by={"a": [threading.Lock()]})
+    assert refusal(functools.partial(triple, unpicklable())).path == "triple.args[0]"
+    bad = functools.partial(scaled, by=unpicklable({"a": [threading.Lock()]}))
     assert refusal(bad).path == "scaled.keywords['by']['a'][0]"
 
 
@@ -385,7 +393,7 @@ def test_a_shared_keyword_argument_that_cannot_be_pickled_is_named() -> None:
 @pytest.mark.parametrize(
     ("make", "path"),
     [
-        (lambda: threading.Lock(), "argument"),
+        (threading.Lock, "argument"),
         (lambda: (1, threading.Lock()), "argument[1]"),
         (lambda: {"a": {"b": [threading.Lock()]}}, "argument['a']['b'][0]"),
         (lambda: [Connection()], "argument[0].state['items'][1]"),
@@ -416,7 +424,7 @@ def test_an_object_that_refers_to_itself_ends_the_search() -> None:
         pack_arguments(loop, 0)
 
 
-# -- arguments ----------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def unpack(segments: list[Any]) -> Any:
@@ -449,10 +457,10 @@ def test_large_bytes_travel_without_a_copy() -> None:
     assert any(part is data for part in pack_arguments([data], 0))
 
 
-# -- errors that come home ----------------------------------------------------------------------------
+# -- errors that come home -------------------------------------------------------------------------
 
 
-class Unloadable(Exception):
+class UnloadableError(Exception):
     def __init__(self, *, code: int) -> None:
         super().__init__("code")
         self.code = code
@@ -483,9 +491,9 @@ def test_an_error_of_asyncrt_learns_which_call_it_was() -> None:
 
 
 def test_an_exception_that_cannot_be_loaded_comes_home_as_text_with_the_reason() -> None:
-    error = home(raised(Unloadable(code=1)))
+    error = home(raised(UnloadableError(code=1)))
     assert isinstance(error, RemoteError)
-    assert (error.type_name, error.text, error.index) == ("Unloadable", "code", 3)
+    assert (error.type_name, error.text, error.index) == ("UnloadableError", "code", 3)
     assert error.reason.startswith("TypeError: ")
     assert "could not travel" in str(error)
 

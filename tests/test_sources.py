@@ -79,6 +79,18 @@ class Generator:
             self.closed.set()
 
 
+class Blocked:
+    """What an input does that never answers; a test knows when it has begun."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.release = threading.Event()
+
+    def __call__(self) -> None:
+        self.begun.set()
+        self.release.wait()
+
+
 class AsyncView:
     """An async iterable that is not a generator: it has no ``aclose``."""
 
@@ -99,7 +111,7 @@ def kinds() -> list[str]:
     return ["sync", "asynchronous"]
 
 
-# -- sized inputs -------------------------------------------------------------------------------------
+# -- sized inputs ----------------------------------------------------------------------------------
 
 
 def test_sized_inputs_are_taken_whole_and_cannot_change_afterwards() -> None:
@@ -132,7 +144,7 @@ def test_what_is_not_iterable_is_refused_by_its_type(value: object) -> None:
         as_sequences([value])
 
 
-# -- pulling ------------------------------------------------------------------------------------------
+# -- pulling ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -236,7 +248,7 @@ async def test_an_async_input_that_is_no_generator_needs_no_closing() -> None:
     assert taker.items == [0, 1, 2]
 
 
-# -- ends ---------------------------------------------------------------------------------------------
+# -- ends ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -277,18 +289,21 @@ async def test_an_async_input_that_never_answers_is_closed_by_stop() -> None:
     assert source.closed.is_set()
 
 
-async def test_a_sync_input_that_never_answers_is_left_behind_by_stop_and_closed_when_it_does() -> None:
-    release = threading.Event()
-    source = Generator([1], then=release.wait)
+async def test_a_sync_input_that_never_answers_is_left_behind_by_stop_and_closed_when_it_does() -> (
+    None
+):
+    blocked = Blocked()
+    source = Generator([1], then=blocked)
     taker = Taker(source.sync(), room=10)
     async with anyio.create_task_group() as group:
         group.start_soon(taker.feed.run)
         await taker.has(1)
+        await asyncio.to_thread(blocked.begun.wait)
         taker.feed.stop()
     (thread,) = input_threads()
     assert thread.daemon
     assert not source.closed.is_set()
-    release.set()
+    blocked.release.set()
     await asyncio.to_thread(thread.join)
     assert source.closed.is_set()
     assert taker.items == [1]
@@ -317,18 +332,19 @@ async def test_stopping_before_the_beginning_pulls_nothing(kind: str) -> None:
 
 
 def test_an_input_may_outlive_its_loop() -> None:
-    release = threading.Event()
-    source = Generator([1], then=release.wait)
+    blocked = Blocked()
+    source = Generator([1], then=blocked)
 
     async def main() -> None:
         taker = Taker(source.sync(), room=10)
         task = asyncio.create_task(taker.feed.run())
         await taker.has(1)
+        await asyncio.to_thread(blocked.begun.wait)
         task.cancel()
         await asyncio.wait({task})
 
     asyncio.run(main())
     (thread,) = input_threads()
-    release.set()
+    blocked.release.set()
     thread.join()
     assert source.closed.is_set()

@@ -16,12 +16,12 @@ parses a message, and every error survives pickle.
     ├── RunDeadlineError (TimeoutError)     the run was not done at its ``deadline``
     └── CallError                           one call failed, the others are not touched
         ├── CallTimeoutError (TimeoutError)   an attempt ran longer than ``timeout``
-        ├── CallExitedError                   the function raised SystemExit or another
-        non-Exception ├── OutOfMemoryError (MemoryError)    the worker's memory limit killed it ├──
-        RemoteError                       its own exception could not travel; here is its text ├──
-        SerializationError (TypeError)    a function, argument or result cannot be pickled ├──
-        WorkerCrashedError                the process died: signal, exit code └── WorkerLostError
-        the worker went away under it
+        ├── CallExitedError                   the function raised what is not an Exception
+        ├── OutOfMemoryError (MemoryError)    the worker's memory limit killed it
+        ├── RemoteError                       its own exception could not travel; here is its text
+        ├── SerializationError (TypeError)    a function, argument or result cannot be pickled
+        ├── WorkerCrashedError                the process died: signal, exit code
+        └── WorkerLostError                   the worker went away under it
 
 What the user's function raises is none of these: it is raised as it is, type and all.
 

@@ -8,10 +8,9 @@ version, so what runs calls has no source beside it.
 
 from __future__ import annotations
 
-import ast
 import io
 import marshal
-import threading
+import tokenize
 import zipfile
 from importlib.util import MAGIC_NUMBER, source_hash
 from pathlib import Path
@@ -27,10 +26,8 @@ _ONLY_BYTECODE: Final = (
     "asyncrt/worker/payload.py",
 )
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
-# Two executors may pack at once, in threads. CPython counts the depth of the trees that it builds
-# in one place for all threads; a build that another interrupts fails with SystemError (3.11.7).
-# Removable once no supported Python does: https://github.com/python/cpython/issues/106905.
-_PARSING: Final = threading.Lock()
+_BEFORE_STATEMENT: Final = (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+_INSIGNIFICANT: Final = (tokenize.COMMENT, tokenize.NL)
 _MAIN: Final = """\
 import runpy
 
@@ -60,19 +57,19 @@ def _sources(directory: Path, prefix: str) -> dict[str, Path]:
 
 
 def _without_docstrings(source: bytes) -> bytes:
-    """Return the source with empty lines for its docstrings, which take a third of the space."""
+    """Return the source with empty docstrings: they take a third of the space.
+
+    By tokens: CPython 3.11 fails when two threads build syntax trees at once
+    (https://github.com/python/cpython/issues/106905), and this runs beside the user's.
+    """
     lines = source.splitlines(keepends=True)
-    with _PARSING:
-        tree = ast.parse(source)
-    for node in ast.walk(tree):
-        match node:
-            case (
-                ast.Module(body=[ast.Expr(ast.Constant()) as text, _, *_])
-                | ast.ClassDef(body=[ast.Expr(ast.Constant()) as text, _, *_])
-                | ast.FunctionDef(body=[ast.Expr(ast.Constant()) as text, _, *_])
-            ):
-                for number in range(text.lineno, (text.end_lineno or 0) + 1):
-                    lines[number - 1] = b"\n"
+    statement_begins = True
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        if token.type == tokenize.STRING and statement_begins:
+            first, last = token.start[0] - 1, token.end[0]
+            lines[first:last] = [b" " * token.start[1] + b'""\n', *[b"\n"] * (last - first - 1)]
+        if token.type not in _INSIGNIFICANT:
+            statement_begins = token.type in _BEFORE_STATEMENT
     return b"".join(lines)
 
 

@@ -108,6 +108,8 @@ class Feed:
                         self._hand_on()
                     else:
                         await self._changed.wait()
+                if self._stopped:  # its cancellation comes with the next checkpoint only
+                    return
                 try:
                     items = [await anext(iterator) for iterator in iterators]
                 except StopAsyncIteration:

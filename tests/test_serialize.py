@@ -145,10 +145,6 @@ async def triple_slowly(value):
     await asyncio.sleep(0)
     return triple(value)
 
-def unpicklable(value: Any = None) -> Any:
-    return threading.Lock() if value is None else value
-
-
 class Multiplier:
     def __init__(self, factor):
         self.factor = factor

@@ -26,6 +26,7 @@ _FIRST_DELAY: Final = 0.01
 _MAX_DELAY: Final = 5.0
 _ACKNOWLEDGE_SECONDS: Final = 0.1
 _LARGE_BYTES: Final = 1 << 18
+_WRITES_AT_ONCE: Final = 8  # of at most 1 MiB each, if they are pieces of a large body
 _MAX_FUNCTIONS: Final = 128
 
 
@@ -241,9 +242,15 @@ class Link:
         self._pump()
 
     def _pump(self) -> None:
-        while self._stream is not None and self._outbox:
+        for _ in range(_WRITES_AT_ONCE):
+            if self._stream is None or not self._outbox:
+                return
             if not self._stream.write(self._outbox.take()):
                 return  # ``writable`` goes on
+        # A peer that reads as fast as this writes would keep the loop here for a whole large body.
+        if not self._pumping:
+            self._pumping = True
+            self._schedule(0.0, self._pump_rest)
 
     # -- reading: Receiver ------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ parses a message, and every error survives pickle.
     AsyncrtError
     ├── ConfigError (ValueError)            a configuration file, variable or option is wrong
     ├── ExecutorClosedError (RuntimeError)  used before it was opened or after it was closed
-    ├── NestedExecutorError (RuntimeError)  an executor was opened inside a call
     ├── ProtocolError                       the peer broke the wire format
     │   └── AuthenticationError             the peer does not know the pool's token
     ├── WorkerStartError                    no worker could be started
@@ -83,10 +82,6 @@ class ConfigError(AsyncrtError, ValueError):
 
 class ExecutorClosedError(AsyncrtError, RuntimeError):
     """The executor is not open: not yet entered, or already closed."""
-
-
-class NestedExecutorError(AsyncrtError, RuntimeError):
-    """An executor was opened inside a call. A worker has no way to start workers."""
 
 
 class ProtocolError(AsyncrtError):

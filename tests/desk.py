@@ -10,9 +10,11 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import asyncrt
@@ -205,3 +207,26 @@ def kill_server(directory: str) -> None:
         parent = int(file.read().rpartition(")")[2].split()[1])
     os.kill(parent, signal.SIGKILL)
     signal.pause()
+
+
+def slow_at_first(number: int) -> int:
+    """Take very long if this is the first attempt of call 7."""
+    call = asyncrt.current_call()
+    if call.index == 7 and call.attempt == 1:
+        time.sleep(300)
+    return number + call.attempt
+
+
+def die_at_first(argument: tuple[int, str]) -> int:
+    """Be slow in the first attempt of call 5, and die when there is a second one."""
+    number, directory = argument
+    call = asyncrt.current_call()
+    if call.index != 5:
+        return number
+    if call.attempt == 1:
+        while not Path(directory, "copied").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path(directory, "copied").touch()
+    time.sleep(0.5)
+    return -number

@@ -368,6 +368,7 @@ def test_every_option_can_be_in_the_file(load: Load) -> None:
         "retries": "3",
         "timeout": "1.5",
         "isolation": "call",
+        "backups": "true",
         "name": "night",
     }
     assert set(written) == (CALL_OPTIONS | POOL_OPTIONS) - {"deadline"}

@@ -18,24 +18,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from asyncrt.dispatcher import (
-    MAX_CHUNK_CALLS,
-    MAX_LOSSES,
-    MAX_PREFETCH,
-    Action,
-    Cancel,
-    Chunk,
-    Dispatcher,
-    Failed,
-    Requeued,
-    Retried,
-    Revoke,
-    RunQueue,
-    Send,
-)
+from asyncrt.actions import Action, Cancel, Failed, Requeued, Retried, Revoke, Send
+from asyncrt.dispatcher import MAX_CHUNK_CALLS, MAX_LOSSES, MAX_PREFETCH, Dispatcher
 from asyncrt.errors import OutOfMemoryError, RunCancelledError, WorkerLostError
-from asyncrt.options import Retry
+from asyncrt.options import Backups, Retry
+from asyncrt.queues import Chunk, RunQueue
+from asyncrt.stragglers import Stragglers
 
+EAGER = Backups(multiplier=1.0, quantile=0.0, min_seconds=0.0, max_share=1.0)
 ONCE = Retry(attempts=1)
 TWICE = Retry(attempts=2, delay=1.0, jitter=False)
 
@@ -516,7 +506,10 @@ class Model(RuleBasedStateMachine):
         for index in chunk.indexes:
             call = (chunk.run.id, index)
             assert not self.settled[call], f"{call} was settled or cancelled, and is sent again"
-            assert call not in known, f"{call} is with two workers"
+            if index in chunk.run.copies:
+                assert chunk is chunk.run.copies[index][1]
+            else:
+                assert call not in known, f"{call} is with two workers"
             assert index < chunk.run.offered, "sent a call that was never offered"
         self.out[chunk.worker, chunk.id] = chunk
         self.done[chunk.worker, chunk.id] = 0
@@ -545,10 +538,14 @@ class Model(RuleBasedStateMachine):
         chunksize=st.sampled_from([None, 1, 3]),
         attempts=st.integers(1, 3),
         alone=st.booleans(),
+        backups=st.sampled_from([None, EAGER, Backups()]),
     )
-    def add_run(self, chunksize: int | None, attempts: int, *, alone: bool) -> RunQueue:
+    def add_run(
+        self, chunksize: int | None, attempts: int, *, alone: bool, backups: Backups | None
+    ) -> RunQueue:
         retry = Retry(attempts=attempts, delay=1.0)
         run = RunQueue(f"r{len(self.all_runs)}", retry, chunksize, alone)
+        run.stragglers = Stragglers(backups) if backups else None
         self.all_runs.append(run)
         self.dispatcher.add_run(run)
         return run
@@ -591,6 +588,18 @@ class Model(RuleBasedStateMachine):
         failing = data.draw(st.sets(st.integers(first, first + count - 1), max_size=2))
         self.report(key, first, count, failing, seconds)
 
+    @precondition(lambda self: self.out)
+    @rule(data=st.data())
+    def start_one(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.out)))
+        chunk, position = self.out[key], self.done[key]
+        if position < self.ends[key] and self.dispatcher.chunk(*key) is chunk:
+            self.act(self.dispatcher.started(chunk, position, at=self.now, now=self.now))
+
+    @rule(run=runs)
+    def input_ends(self, run: RunQueue) -> None:
+        run.total = run.offered
+
     def report(
         self, key: tuple[str, int], first: int, count: int, failing: set[int], seconds: float
     ) -> None:
@@ -605,7 +614,13 @@ class Model(RuleBasedStateMachine):
             position: ValueError(str(position)) for position in failing
         }
         news, actions = self.dispatcher.finished(
-            chunk, first, count, failures, busy_seconds=count * seconds, now=self.now
+            chunk,
+            first,
+            count,
+            failures,
+            busy_seconds=count * seconds,
+            times=[0.0, seconds] * count,
+            now=self.now,
         )
         for position in news:
             self.settle(chunk.run, chunk.indexes[position])

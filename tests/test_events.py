@@ -104,7 +104,7 @@ async def test_each_attempt_of_a_long_call_is_reported_as_started() -> None:
 
 
 async def test_returned_and_cancelled_calls_are_told() -> None:
-    log = make_log(Requeued(3.0, (4,), "w"), Cancelled(4.0, (4, 5)), ENDED)
+    log = make_log(Requeued(3.0, (4,), "w"), Cancelled(4.0, (4, 5), 0), ENDED)
     assert await read(log) == [
         CallReturnedToQueue(3.0, 4, "w"),
         CallCancelled(4.0, 4),
@@ -132,7 +132,7 @@ async def test_the_counts_are_folded_from_the_entries() -> None:
             {1: (BOOM, 0.5), 2: (BOOM, None)},
         ),
         Requeued(6.0, (3,), "w"),
-        Cancelled(7.0, (4,)),
+        Cancelled(7.0, (4,), 0),
     )
     stats = log.stats
     assert (stats.queued, stats.succeeded, stats.failed, stats.cancelled) == (6, 1, 1, 1)

@@ -19,6 +19,7 @@ from asyncrt.errors import ConfigError
 from asyncrt.options import (
     CALL_OPTIONS,
     POOL_OPTIONS,
+    Backups,
     CallSettings,
     PoolSettings,
     Retry,
@@ -389,6 +390,7 @@ def test_every_option_can_be_set() -> None:
         "timeout": 1.5,
         "deadline": 12.5,
         "isolation": "call",
+        "backups": Backups(quantile=0.5),
         "name": "thumbs",
         "backend": backend,
         "runtime": "python:3.12-slim",

@@ -39,13 +39,14 @@ if TYPE_CHECKING:
     )
     from asyncrt.executor import Executor, connect
     from asyncrt.inside import CurrentCall, current_call
-    from asyncrt.options import CallOptions, ExecutorOptions, Retry
+    from asyncrt.options import Backups, CallOptions, ExecutorOptions, Retry
     from asyncrt.outcome import Failure, Success
     from asyncrt.run import Run
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Backups": "options",
     "Call": "call",
     "CallOptions": "options",
     "Config": "config",
@@ -82,6 +83,7 @@ _HOMES = {
 __all__ = [
     "AsyncrtError",
     "AuthenticationError",
+    "Backups",
     "Call",
     "CallError",
     "CallExitedError",

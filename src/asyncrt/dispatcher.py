@@ -12,13 +12,24 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final
 
+from asyncrt.actions import (
+    Action,
+    Cancel,
+    CopyDropped,
+    Failed,
+    Requeued,
+    Retried,
+    Revoke,
+    Send,
+)
 from asyncrt.errors import CallError, OutOfMemoryError, RunCancelledError, WorkerLostError
 from asyncrt.options import Retry
+from asyncrt.queues import Chunk, RunQueue, WorkerState
 
 MAX_LOSSES: Final = 3
 MAX_CHUNK_CALLS: Final = 4096
@@ -30,142 +41,6 @@ _TARGET_BYTES: Final = 1 << 20
 _WORTH_MOVING_SECONDS: Final = 0.005
 _GROWTH: Final = 16
 _SMOOTHING: Final = 0.3
-
-
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """Calls that travel together.
-
-    Attributes:
-        indexes: The calls, a range wherever possible.
-        settled: One byte for each: 1 when its outcome is known or nobody wants it.
-        left: Calls that are not settled.
-    """
-
-    id: int
-    run: RunQueue
-    indexes: Sequence[int]
-    attempt: int
-    worker: str
-    settled: bytearray
-    left: int
-
-    def open_positions(self) -> list[int]:
-        """Return the positions of the calls that are not settled."""
-        return [position for position, done in enumerate(self.settled) if not done]
-
-
-@dataclass(slots=True, eq=False)
-class RunQueue:
-    """The calls of one run that are not settled, and what was learned about them.
-
-    Attributes:
-        chunksize: Calls in a chunk; ``None`` to measure.
-        alone: Never more than one call in a process's life.
-        offered: Calls that may be sent: all indexes below it were taken from the input.
-        next_index: The first call that was never sent.
-        total: Calls in all; ``None`` while that is not known.
-        returned: Calls to send again: indexes and attempt.
-        seconds: What a call takes, smoothed; ``None`` before the first has ended.
-        call_bytes: What a call's arguments take, smoothed.
-    """
-
-    id: str
-    retry: Retry
-    chunksize: int | None
-    alone: bool
-    offered: int = 0
-    next_index: int = 0
-    total: int | None = None
-    returned: deque[tuple[Sequence[int], int]] = field(default_factory=deque)
-    chunks: dict[int, Chunk] = field(default_factory=dict)
-    failures: dict[int, int] = field(default_factory=dict)
-    losses: dict[int, int] = field(default_factory=dict)
-    cancelled: set[int] = field(default_factory=set)
-    waiting: int = 0
-    seconds: float | None = None
-    call_bytes: float = 0.0
-    last_size: int = 1
-    over: bool = False
-
-    @property
-    def ready(self) -> int:
-        """Calls that could be sent now."""
-        return self.offered - self.next_index + sum(len(item[0]) for item in self.returned)
-
-    @property
-    def has_ready(self) -> bool:
-        """Whether a call could be sent now."""
-        return self.next_index < self.offered or bool(self.returned)
-
-
-@dataclass(slots=True, eq=False)
-class WorkerState:
-    """A worker that can be given calls."""
-
-    name: str
-    slots: int
-    idle_since: float
-    chunks: dict[int, Chunk] = field(default_factory=dict)
-    draining: bool = False
-    gone: bool = False
-    stuck: bool = False  # it gave calls back, and has finished nothing since
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a chunk to its worker."""
-
-    chunk: Chunk
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Tell a worker that nobody wants calls of a chunk; ``None``: all of it."""
-
-    worker: str
-    chunk: int
-    positions: list[int] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Revoke:
-    """Ask a worker for the calls of a chunk that it has not begun."""
-
-    worker: str
-    chunk: int
-
-
-@dataclass(frozen=True, slots=True)
-class Retried:
-    """A call failed and will be tried again after a delay."""
-
-    run: RunQueue
-    index: int
-    error: Exception
-    delay: float
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A call failed for good."""
-
-    run: RunQueue
-    index: int
-    error: Exception
-    attempts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Requeued:
-    """Calls came back and will be sent again."""
-
-    run: RunQueue
-    indexes: Sequence[int]
-    worker: str
-
-
-Action: TypeAlias = Send | Cancel | Revoke | Retried | Failed | Requeued
 
 
 class Dispatcher:
@@ -185,6 +60,7 @@ class Dispatcher:
         self._delayed: list[tuple[float, int, RunQueue, int, int]] = []
         self._ticket = itertools.count()
         self._revoking: set[int] = set()
+        self._copy_at: float | None = None  # when a running call may be due for a copy
 
     # -- what others ask --------------------------------------------------------------------------
 
@@ -209,8 +85,11 @@ class Dispatcher:
         return state.chunks.get(chunk_id) if state else None
 
     def next_due(self) -> float | None:
-        """Return when a delayed call may be sent again."""
-        return self._delayed[0][0] if self._delayed else None
+        """Return when a delayed call may be sent again, or a straggler be copied."""
+        delayed = self._delayed[0][0] if self._delayed else None
+        if self._copy_at is None or delayed is None:
+            return self._copy_at if delayed is None else delayed
+        return min(delayed, self._copy_at)
 
     def is_idle(self, worker: str) -> bool:
         """Whether a worker has nothing to do."""
@@ -249,17 +128,26 @@ class Dispatcher:
     def cancel_call(self, run: RunQueue, index: int, *, now: float) -> list[Action]:
         """Give up one call."""
         run.cancelled.add(index)
-        for chunk in run.chunks.values():
+        run.settled += 1
+        copies = run.copies.pop(index, None) or run.chunks.values()
+        actions: list[Action] = []
+        for chunk in copies:
             if index in chunk.indexes:
-                position = chunk.indexes.index(index)
-                if not chunk.settled[position]:
-                    chunk.settled[position] = 1
-                    chunk.left -= 1
-                    return [Cancel(chunk.worker, chunk.id, [position])]
-        return self._fill(now)
+                actions += self._give_up(chunk, chunk.indexes.index(index))
+        return actions or self._fill(now)
+
+    @staticmethod
+    def _give_up(chunk: Chunk, position: int) -> list[Action]:
+        """Want a call of a chunk no more; its worker says when it has let go of it."""
+        if chunk.settled[position]:
+            return []
+        chunk.settled[position] = 1
+        chunk.left -= 1
+        return [Cancel(chunk.worker, chunk.id, [position])]
 
     def _end_run(self, run: RunQueue) -> None:
         run.over = True
+        run.copies.clear()
         if run in self._runs:
             self._runs.remove(run)
 
@@ -310,6 +198,11 @@ class Dispatcher:
 
     # -- news of chunks ---------------------------------------------------------------------------
 
+    def started(self, chunk: Chunk, position: int, *, at: float, now: float) -> list[Action]:
+        """Note that a call runs, and goes on running."""
+        chunk.running, chunk.since = position, at
+        return self._fill(now) if chunk.run.stragglers is not None else []
+
     def finished(
         self,
         chunk: Chunk,
@@ -318,6 +211,7 @@ class Dispatcher:
         failures: dict[int, Exception],
         *,
         busy_seconds: float,
+        times: Sequence[float] = (),
         now: float,
     ) -> tuple[list[int] | range, list[Action]]:
         """Record outcomes of consecutive calls of a chunk.
@@ -326,6 +220,7 @@ class Dispatcher:
             first: Position of the first of them.
             failures: Errors by position.
             busy_seconds: What they took together.
+            times: Start and end of each; needed by runs with ``backups`` only.
 
         Returns:
             The positions whose success counts, and actions.
@@ -342,12 +237,17 @@ class Dispatcher:
             seconds = busy_seconds / count
             known = run.seconds
             run.seconds = seconds if known is None else known + _SMOOTHING * (seconds - known)
+        if run.stragglers is not None:
+            run.stragglers.learn(map(operator.sub, times[1::2], times[::2]))
         if failures:
             for position in news:
                 error = failures.get(position)
                 if error is not None:
-                    actions += self._fail(run, chunk.indexes[position], error, now)
+                    actions += self._fail(chunk, chunk.indexes[position], error, now)
             news = [position for position in news if position not in failures]
+        run.settled += len(news)
+        if run.copies:
+            actions += self._supersede(chunk, news)
         worker = self._workers.get(chunk.worker)
         if worker is not None and worker.stuck:
             worker.stuck = False
@@ -396,7 +296,12 @@ class Dispatcher:
                 continue
             chunk.settled[position] = 1
             chunk.left -= 1
-            actions.append(Failed(chunk.run, chunk.indexes[position], error, chunk.attempt))
+            index = chunk.indexes[position]
+            if dropped := self._drop_copy(chunk, index, error):
+                actions += dropped
+            else:
+                chunk.run.settled += 1
+                actions.append(Failed(chunk.run, index, error, chunk.attempt))
         self._return_positions(chunk, chunk.open_positions())
         self._close(chunk, worker, now)
         return actions + self._fill(now)
@@ -408,11 +313,14 @@ class Dispatcher:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _fail(self, run: RunQueue, index: int, error: Exception, now: float) -> list[Action]:
+    def _fail(self, chunk: Chunk, index: int, error: Exception, now: float) -> list[Action]:
+        run = chunk.run
         if run.over or index in run.cancelled:
             return []
+        if dropped := self._drop_copy(chunk, index, error):
+            return dropped
         failures = run.failures[index] = run.failures.get(index, 0) + 1
-        attempt = failures + run.losses.get(index, 0)
+        attempt = failures + run.losses.get(index, 0) + run.copied.get(index, 0)
         if failures < run.retry.attempts and self._worth_retrying(run.retry, error):
             delay = run.retry.delay_before(failures + 1, draw=next(self._draw))
             run.waiting += 1
@@ -421,6 +329,7 @@ class Dispatcher:
             )
             return [Retried(run, index, error, delay)]
         run.failures.pop(index)
+        run.settled += 1
         return [Failed(run, index, error, attempt)]
 
     @staticmethod
@@ -434,11 +343,14 @@ class Dispatcher:
         run = chunk.run
         if run.over or index in run.cancelled:
             return []
+        if dropped := self._drop_copy(chunk, index, None):
+            return dropped
         losses = run.losses[index] = run.losses.get(index, 0) + 1
-        attempt = losses + run.failures.get(index, 0)
+        attempt = losses + run.failures.get(index, 0) + run.copied.get(index, 0)
         if losses < MAX_LOSSES:
             run.returned.append(((index,), attempt + 1))
             return [Requeued(run, (index,), worker)]
+        run.settled += 1
         error = _lost_too_often(run.id, index, attempt, worker)
         return [Failed(run, index, error, attempt)]
 
@@ -455,10 +367,17 @@ class Dispatcher:
             return []
         if run.cancelled:
             indexes = [index for index in indexes if index not in run.cancelled]
+        actions: list[Action] = []
+        if run.copies:
+            for index in indexes:
+                actions += self._drop_copy(chunk, index, None)
+            dropped = {action.index for action in actions if isinstance(action, CopyDropped)}
+            indexes = [index for index in indexes if index not in dropped]
         if indexes:
+            run.last_size = 1  # something was slower than thought: begin with care
             run.returned.appendleft((indexes, chunk.attempt))
-        run.last_size = 1  # something was slower than thought: begin with care
-        return [Requeued(run, indexes, chunk.worker)] if indexes else []
+            actions.append(Requeued(run, indexes, chunk.worker))
+        return actions
 
     def _close(self, chunk: Chunk, worker: WorkerState, now: float) -> None:
         worker.chunks.pop(chunk.id, None)
@@ -485,8 +404,10 @@ class Dispatcher:
             actions.append(Send(chunk))
         while self._spare and (chunk := self._next_chunk(self._spare, prefetch=True)) is not None:
             actions.append(Send(chunk))
+        self._copy_at = None
         if self._idle:
             actions += self._balance()
+            actions += self._copy_stragglers(now)
         return actions
 
     def _next_chunk(self, room: dict[str, WorkerState], *, prefetch: bool) -> Chunk | None:
@@ -573,6 +494,61 @@ class Dispatcher:
             return []
         self._revoking.add(best.id)
         return [Revoke(best.worker, best.id)]
+
+    # -- second copies ----------------------------------------------------------------------------
+
+    def _copy_stragglers(self, now: float) -> list[Action]:
+        """Nothing is ready and somebody is idle: start calls that run too long once more."""
+        actions: list[Action] = []
+        for run in self._runs:
+            if run.stragglers is None:
+                continue
+            for chunk in tuple(run.chunks.values()):
+                threshold = run.stragglers.threshold(run.total, run.settled)
+                if threshold is None:
+                    break
+                if chunk.running < 0 or chunk.settled[chunk.running]:
+                    continue
+                index = chunk.indexes[chunk.running]
+                if index in run.copies:
+                    continue
+                if now < chunk.since + threshold:
+                    due = chunk.since + threshold
+                    self._copy_at = due if self._copy_at is None else min(due, self._copy_at)
+                elif (worker := self._worker_for_copy(chunk)) is not None:
+                    copied = run.copied[index] = run.copied.get(index, 0) + 1
+                    run.stragglers.copies += 1
+                    tried = run.failures.get(index, 0) + run.losses.get(index, 0)
+                    copy = self._make_chunk(run, (index,), tried + copied + 1, worker)
+                    run.copies[index] = chunk, copy
+                    actions.append(Send(copy))
+        return actions
+
+    def _worker_for_copy(self, chunk: Chunk) -> WorkerState | None:
+        """Return who has a free slot, another worker if there is one: this one may be slow."""
+        others = (worker for worker in self._idle.values() if worker.name != chunk.worker)
+        return next(others, None) or self._idle.get(chunk.worker)
+
+    def _supersede(self, chunk: Chunk, positions: Iterable[int]) -> list[Action]:
+        """Cancel the other copies of calls that are settled now."""
+        actions: list[Action] = []
+        for position in positions:
+            index = chunk.indexes[position]
+            copies = chunk.run.copies.pop(index, None)
+            if copies is not None:
+                other = copies[1] if copies[0] is chunk else copies[0]
+                actions += self._give_up(other, other.indexes.index(index))
+                actions.append(CopyDropped(chunk.run, index, other.worker, None))
+        return actions
+
+    @staticmethod
+    def _drop_copy(chunk: Chunk, index: int, error: Exception | None) -> list[Action]:
+        """Leave a call to its other copy, if it has one."""
+        copies = chunk.run.copies.get(index)
+        if copies is None or chunk not in copies:
+            return []
+        del chunk.run.copies[index]
+        return [CopyDropped(chunk.run, index, chunk.worker, error)]
 
 
 def _lost_too_often(run_id: str, index: int, attempt: int, worker: str) -> CallError:

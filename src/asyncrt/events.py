@@ -82,6 +82,17 @@ class CallReturnedToQueue(CallEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class CallCopyDropped(CallEvent):
+    """A second copy of it was out (see ``Backups``); this one is not needed, the other settles it.
+
+    It was too slow, its worker was lost, or it failed while the other one ran: ``error``.
+    """
+
+    worker: str
+    error: Exception | None
+
+
+@dataclass(frozen=True, slots=True)
 class CallCancelled(CallEvent):
     """Nobody wants it any more."""
 
@@ -203,8 +214,24 @@ class Requeued(Entry):
 
 
 @dataclass(slots=True)
+class CopyDropped(Entry):
+    """One of two copies of a call is not needed any more."""
+
+    worker: str
+    error: Exception | None
+
+    def events(self) -> Iterator[Event]:
+        """See ``Entry``."""
+        return (
+            CallCopyDropped(self.time, index, self.worker, self.error) for index in self.indexes
+        )
+
+
+@dataclass(slots=True)
 class Cancelled(Entry):
-    """Calls were given up."""
+    """Calls were given up. ``sent`` tells how many were with workers, copies counted."""
+
+    sent: int
 
     def events(self) -> Iterator[Event]:
         """See ``Entry``."""
@@ -235,6 +262,7 @@ class Stats:
         cancelled: Calls that were given up.
         retried: Attempts that failed and are followed by another one.
         requeued: Calls that came back from a worker without having run to an end.
+        copies_dropped: Second copies of stragglers, or their first ones, that were not needed.
         busy_seconds: Time that calls ran, summed over all attempts.
         began: Time of the first event.
         ended: Time of the last event; ``None`` while the run goes on.
@@ -247,6 +275,7 @@ class Stats:
     cancelled: int = 0
     retried: int = 0
     requeued: int = 0
+    copies_dropped: int = 0
     busy_seconds: float = 0.0
     began: float = 0.0
     ended: float | None = None
@@ -283,8 +312,12 @@ class Stats:
             case Requeued():
                 self.sent -= count
                 self.requeued += count
+            case CopyDropped():
+                self.sent -= count
+                self.copies_dropped += count
             case Cancelled():
                 self.cancelled += count
+                self.sent -= entry.sent
             case Ended():
                 self.ended = entry.time
             case _:

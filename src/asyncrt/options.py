@@ -87,6 +87,49 @@ class Retry:
         return delay * draw if self.jitter else delay
 
 
+@dataclass(frozen=True, kw_only=True)
+class Backups:
+    """When a call that runs far longer than its siblings is started a second time elsewhere.
+
+    The first copy that answers wins, the other one is killed. So the function may run twice at the
+    same time: what it does outside (writes, requests) must bear that. A copy that fails or is lost
+    while the other one runs is forgotten, not counted by ``Retry``.
+
+    Example:
+        async with asyncrt.Executor(backups=asyncrt.Backups(multiplier=2)) as executor:
+            assert await executor.map(abs, [-1, 2]) == [1, 2]
+
+    Attributes:
+        multiplier: A call gets a copy when it has run this many times the median of those that
+            have ended.
+        quantile: Share of the run's calls that must have ended before: copies come near the end,
+            when workers are free, and never while a call waits for its first one.
+        min_seconds: Calls shorter than this get none.
+        max_share: Copies in a run, at most, as a share of its calls (but one may be made).
+    """
+
+    multiplier: float = 3.0
+    quantile: float = 0.75
+    min_seconds: float = 0.1
+    max_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("multiplier", 1.0, None),
+            ("quantile", 0.0, 1.0),
+            ("min_seconds", 0.0, None),
+            ("max_share", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if not is_number(value) or value < low or (high is not None and value > high):
+                limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+                raise ConfigError(
+                    f"backups: {name} must be a number of {limits}, not {value!r}",
+                    key="backups",
+                    expected=f"a number of {limits}",
+                )
+
+
 class CommonCallOptions(TypedDict, total=False):
     """``CallOptions`` without the one that changes what a run gives."""
 
@@ -97,6 +140,7 @@ class CommonCallOptions(TypedDict, total=False):
     timeout: float | None
     deadline: float | None
     isolation: Literal["worker", "call"]
+    backups: Backups | bool | None
     name: str | None
 
 
@@ -142,6 +186,7 @@ class CallSettings:
         deadline: Value of ``anyio.current_time()`` at which the run must be done.
         isolation: ``"worker"``: a process runs one call after the other. ``"call"``: each call gets
             a process of its own.
+        backups: When a straggler is started a second time; ``True`` means ``Backups()``.
         name: Shown in logs and in ``run.id``.
     """
 
@@ -153,6 +198,7 @@ class CallSettings:
     timeout: float | None = None
     deadline: float | None = None
     isolation: Literal["worker", "call"] = "worker"
+    backups: Backups | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -180,6 +226,15 @@ class CallSettings:
                 expected="a value of anyio.current_time()",
             )
         check_choice("isolation", self.isolation, ("worker", "call"))
+        backups: Any = self.backups
+        if isinstance(backups, bool):
+            object.__setattr__(self, "backups", Backups() if backups else None)
+        elif backups is not None and not isinstance(backups, Backups):
+            raise ConfigError(
+                f"backups must be asyncrt.Backups(...), true or false, not {backups!r}",
+                key="backups",
+                expected="asyncrt.Backups(...) or true or false",
+            )
         check_text("name", self.name, optional=True)
 
 

@@ -7,7 +7,6 @@ import logging
 import math
 import random
 import sys
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -16,29 +15,38 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
-from asyncrt.backends.base import Backend, WorkerExit, WorkerPoolHandle
-from asyncrt.dispatcher import (
+from asyncrt.actions import (
     Action,
     Cancel,
-    Chunk,
-    Dispatcher,
+    CopyDropped,
     Failed,
     Requeued,
     Retried,
     Revoke,
     Send,
 )
+from asyncrt.backends.base import Backend, WorkerExit, WorkerPoolHandle
+from asyncrt.dispatcher import Dispatcher
 from asyncrt.errors import (
     AsyncrtError,
     ExecutorClosedError,
     SerializationError,
     WorkerStartError,
 )
-from asyncrt.events import Finished, Lost, Sent, Started
+from asyncrt.events import CopyDropped as CopyDroppedEntry
+from asyncrt.events import Lost, Sent, Started
 from asyncrt.events import Requeued as RequeuedEntry
 from asyncrt.link import Link
 from asyncrt.options import PoolSettings
-from asyncrt.results import Outcomes, Part, annotate, facts_of, load_outcomes
+from asyncrt.queues import Chunk
+from asyncrt.results import (
+    Outcomes,
+    Part,
+    annotate,
+    facts_of,
+    finished_entry,
+    load_outcomes,
+)
 from asyncrt.run import Run
 from asyncrt.serialize import pack_arguments
 from asyncrt.worker.protocol import Buffer, Frame, Kind, byte_length
@@ -373,6 +381,7 @@ class WorkerPool:
         index = chunk.indexes[header["position"]]
         at = header["time"] + link.clock_offset
         run.log.append(Started(at, (index,), chunk.attempt, link.name))
+        self._act(self._dispatcher.started(chunk, header["position"], at=at, now=self._now()))
 
     def _on_log(self, header: dict[str, Any], body: Buffer) -> None:
         text = bytes(body)
@@ -421,10 +430,14 @@ class WorkerPool:
             len(values),
             {position: error for position, (error, _) in errors.items()},
             busy_seconds=sum(times[1::2]) - sum(times[::2]),
+            times=times,
             now=self._now(),
         )
         if run is not None and (news or errors):
-            self._record(run, chunk, first, times, news, actions)
+            run.log.append(finished_entry(outcomes, news, actions, now=self._now()))
+            if run.queue.stragglers is not None:  # told before the run may end with these outcomes
+                self._act([action for action in actions if isinstance(action, CopyDropped)])
+                actions = [action for action in actions if not isinstance(action, CopyDropped)]
             if isinstance(news, range):
                 if news:
                     found = values[news.start - first : news.stop - first]
@@ -434,36 +447,6 @@ class WorkerPool:
                 run.settle_successes([chunk.indexes[position] for position in news], found)
         self._act(actions)
         self._after_news(chunk)
-
-    def _record(
-        self,
-        run: Run[Any],
-        chunk: Chunk,
-        first: int,
-        times: array[float],
-        news: list[int] | range,
-        actions: Sequence[Action],
-    ) -> None:
-        failures: dict[int, tuple[Exception, float | None]] = {}
-        for action in actions:
-            if isinstance(action, Retried) and action.run is run.queue:
-                failures[action.index] = action.error, action.delay
-            elif isinstance(action, Failed) and action.run is run.queue:
-                failures[action.index] = action.error, None
-        indexes: Sequence[int]
-        if isinstance(news, range) and not failures:
-            indexes = chunk.indexes[news.start : news.stop]
-            kept = times[2 * (news.start - first) : 2 * (news.stop - first)]
-        else:
-            settled = set(news)
-            indexes, kept = [], array("d")
-            for offset in range(len(times) // 2):
-                index = chunk.indexes[first + offset]
-                if first + offset in settled or index in failures:
-                    indexes.append(index)
-                    kept.extend(times[2 * offset : 2 * offset + 2])
-        now = self._now()
-        run.log.append(Finished(now, indexes, chunk.attempt, chunk.worker, kept, failures))
 
     def _record_lost(self, actions: Sequence[Action], worker: str, *, sent: bool) -> None:
         for action in actions:
@@ -511,6 +494,10 @@ class WorkerPool:
                 run = self._runs.get(queue.id)
                 if run is not None:
                     run.log.append(RequeuedEntry(self._now(), indexes, worker))
+            case CopyDropped(queue, index, worker, failure):
+                run = self._runs.get(queue.id)
+                if run is not None:
+                    run.log.append(CopyDroppedEntry(self._now(), (index,), worker, failure))
             case Retried(queue, index, error, delay):
                 logger.info(
                     "run %s: call %s failed and is tried again in %.2f s: %r",

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from asyncrt.dispatcher import Chunk
+from asyncrt.actions import Action, Failed, Retried
 from asyncrt.errors import SerializationError
+from asyncrt.events import Finished
+from asyncrt.queues import Chunk
 from asyncrt.serialize import build_failure, load_error
 from asyncrt.worker.payload import decode
 from asyncrt.worker.protocol import Buffer
@@ -87,6 +89,37 @@ def _load_part(
         values.append(value)
         position += 1
     return Outcomes(chunk, first, values, errors, times)
+
+
+def finished_entry(
+    outcomes: Outcomes, news: Sequence[int], actions: Sequence[Action], *, now: float
+) -> Finished:
+    """Return what the log of a run keeps of outcomes.
+
+    Args:
+        news: Positions whose success counts.
+        actions: What the dispatcher said to the outcomes: which failures are final.
+    """
+    chunk, first, times = outcomes.chunk, outcomes.first, outcomes.times
+    failures: dict[int, tuple[Exception, float | None]] = {}
+    for action in actions:
+        if isinstance(action, Retried) and action.run is chunk.run:
+            failures[action.index] = action.error, action.delay
+        elif isinstance(action, Failed) and action.run is chunk.run:
+            failures[action.index] = action.error, None
+    indexes: Sequence[int]
+    if isinstance(news, range) and not failures:
+        indexes = chunk.indexes[news.start : news.stop]
+        kept = times[2 * (news.start - first) : 2 * (news.stop - first)]
+    else:
+        settled = set(news)
+        indexes, kept = [], array("d")
+        for offset in range(len(times) // 2):
+            index = chunk.indexes[first + offset]
+            if first + offset in settled or index in failures:
+                indexes.append(index)
+                kept.extend(times[2 * offset : 2 * offset + 2])
+    return Finished(now, indexes, chunk.attempt, chunk.worker, kept, failures)
 
 
 def facts_of(chunk: Chunk, position: int, worker: str) -> dict[str, Any]:

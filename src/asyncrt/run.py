@@ -11,13 +11,14 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 import anyio
 
 from asyncrt.call import Call
-from asyncrt.dispatcher import RunQueue
 from asyncrt.errors import RunCancelledError, RunDeadlineError
 from asyncrt.events import Cancelled, Ended, EventLog, EventStream, Queued, State, Stats
 from asyncrt.options import CallSettings
 from asyncrt.outcome import Failure, Success
+from asyncrt.queues import RunQueue
 from asyncrt.serialize import PackedFunction
 from asyncrt.sources import Feed
+from asyncrt.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             settings.retries,
             None if settings.chunksize == "auto" else settings.chunksize,
             settings.isolation == "call",
+            stragglers=Stragglers(settings.backups) if settings.backups else None,
         )
         self.feed: Feed | None = None
         self.quiet = asyncio.Event()  # no worker has any call of it
@@ -109,7 +111,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self._mode: Literal["await", "iterate"] | None = None
         self._state: State = "running"
         self._error: BaseException | None = None
-        self._failures: list[Failure] = []
+        self._failures: dict[int, Failure] = {}
         self._done = asyncio.Event()
         self._news: set[asyncio.Future[None]] = set()
         self._waiting_for: dict[int, set[asyncio.Future[None]]] = {}
@@ -154,7 +156,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     @property
     def failures(self) -> Sequence[Failure]:
         """The calls that failed for good, in the order in which they did."""
-        return tuple(self._failures)
+        return tuple(self._failures.values())
 
     def done(self) -> bool:
         """Whether nothing more will happen."""
@@ -290,7 +292,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     def cancel_call(self, index: int) -> None:
         """Give up one call. See ``Call.cancel``."""
         if self._state_of(index) == _OPEN and not self._done.is_set():
+            sent = self._count_sent(index)
             self._owner.give_up_call(self, index)
+            self.log.append(Cancelled(self._now(), (index,), sent))
             error = RunCancelledError(f"call {index} of run {self.id} was cancelled")
             self.settle_failure(index, error, attempts=0, cancelled=True)
 
@@ -339,14 +343,18 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         return "cancelled" if state == _CANCELLED else "succeeded"
 
     def _is_sent(self, index: int) -> bool:
-        return any(index in chunk.indexes for chunk in self.queue.chunks.values())
+        return self._count_sent(index) > 0
+
+    def _count_sent(self, index: int) -> int:
+        """Return how many workers have a call: two if there is a second copy of it."""
+        return sum(index in chunk.indexes for chunk in self.queue.chunks.values())
 
     def attempts_of(self, index: int) -> int:
         """Return how many attempts of a call were sent."""
-        for failure in self._failures:
-            if failure.index == index:
-                return failure.attempts
-        tried = self.queue.failures.get(index, 0) + self.queue.losses.get(index, 0)
+        if index in self._failures:
+            return self._failures[index].attempts
+        queue = self.queue
+        tried = sum(tries.get(index, 0) for tries in (queue.failures, queue.losses, queue.copied))
         ended = self._state_of(index) in (_SUCCEEDED, _DELIVERED)
         return tried + 1 if ended or self._is_sent(index) else tried
 
@@ -356,7 +364,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if state == _SUCCEEDED:
             return Success(self._values[index - self._base])
         if state in (_FAILED, _CANCELLED):
-            return next((failure for failure in self._failures if failure.index == index), None)
+            return self._failures.get(index)
         return None
 
     def logs_of(self, index: int) -> str:
@@ -448,9 +456,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             return
         self._values[index - self._base] = error
         self._states[index - self._base] = _CANCELLED if cancelled else _FAILED
-        self._failures.append(Failure(index, error, attempts))
-        if cancelled:
-            self.log.append(Cancelled(self._now(), (index,)))
+        self._failures[index] = Failure(index, error, attempts)
         self._after_settling((index,))
         if not self.settings.return_exceptions:
             self._end("failed", error)
@@ -518,7 +524,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             ]
             for index in left:
                 self._states[index - self._base] = _CANCELLED
-            self.log.append(Cancelled(now, left))
+            sent = sum(chunk.left for chunk in self.queue.chunks.values())
+            self.log.append(Cancelled(now, left, sent))
             self._owner.give_up(self)
         else:
             self._owner.forget(self)

@@ -138,6 +138,17 @@ class Wait:
         return number * number
 
 
+class ReportSum:
+    """Reports what it is to add, waits, then adds."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.port = desk.port
+
+    def __call__(self, numbers: list[int]) -> int:
+        wait_at(self.port, " ".join(["reduce", *map(str, numbers)]))
+        return sum(numbers)
+
+
 class RefuseOdd(Wait):
     def __call__(self, number: int) -> int:
         if number in self.only:

@@ -266,7 +266,7 @@ async def test_a_crash_of_one_copy_does_not_end_the_call(tmp_path: Path) -> None
     ],
 )
 def test_a_value_out_of_range_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"backups: {next(iter(options))} must be a number"):
+    with pytest.raises(ConfigError, match=rf"backups\.{next(iter(options))} must be"):
         Backups(**options)
 
 

@@ -90,17 +90,32 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_count(
-    name: str, value: object, *, optional: bool = False, expected: str = "a whole number from 1"
+    name: str, value: object, *, least: int = 1, optional: bool = False, expected: str | None = None
 ) -> None:
-    """Refuse all but whole numbers from 1.
+    """Refuse all but whole numbers from ``least``.
 
     Raises:
         ConfigError: It is something else.
     """
     if optional and value is None:
         return
-    if not is_int(value) or cast("int", value) < 1:
+    if not is_int(value) or cast("int", value) < least:
+        expected = expected or f"a whole number from {least}"
         raise ConfigError(f"{name} must be {expected}, not {value!r}", key=name, expected=expected)
+
+
+def check_number(name: str, value: object, *, least: float, most: float | None = None) -> None:
+    """Refuse all but numbers of a range, its ends included.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if is_number(value):
+        number = cast("float", value)
+        if least <= number and (most is None or number <= most):
+            return
+    expected = f"a number from {least:g}" + (f" to {most:g}" if most is not None else "")
+    raise ConfigError(f"{name} must be {expected}, not {value!r}", key=name, expected=expected)
 
 
 def check_seconds(name: str, value: object, *, optional: bool = False, zero: bool = False) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, Unpack, overload
@@ -16,11 +17,14 @@ import anyio
 import anyio.to_thread
 
 from asyncrt.backends.local import LocalBackend
+from asyncrt.checks import check_count, check_number
+from asyncrt.errorgroups import innermost
 from asyncrt.errors import ConfigError, ExecutorClosedError
+from asyncrt.mapreduce import Reduction
 from asyncrt.options import CallOptions, CommonCallOptions, ExecutorOptions, PoolSettings, Settings
 from asyncrt.pool import WorkerPool
 from asyncrt.run import Run
-from asyncrt.serialize import FunctionPacker
+from asyncrt.serialize import FunctionPacker, label_of
 from asyncrt.sources import as_sequences
 
 if TYPE_CHECKING:
@@ -300,6 +304,94 @@ class Executor:
         """
         return self._start(fn, (iterable,), "star", kwargs or {}, options)
 
+    @overload
+    def map_reduce(
+        self,
+        fn: Callable[..., Any],
+        iterable: _Inputs,
+        reduce_fn: Callable[[list[Any]], Coroutine[Any, Any, R]],
+        /,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        fan_in: int | None = None,
+        spawn_reducer: float = 0.2,
+        **options: Unpack[CallOptions],
+    ) -> Call[R]: ...
+
+    @overload
+    def map_reduce(
+        self,
+        fn: Callable[..., Any],
+        iterable: _Inputs,
+        reduce_fn: Callable[[list[Any]], R],
+        /,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        fan_in: int | None = None,
+        spawn_reducer: float = 0.2,
+        **options: Unpack[CallOptions],
+    ) -> Call[R]: ...
+
+    def map_reduce(
+        self,
+        fn: Callable[..., Any],
+        iterable: _Inputs,
+        reduce_fn: Callable[[list[Any]], Any],
+        /,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        fan_in: int | None = None,
+        spawn_reducer: float = 0.2,
+        **options: Unpack[CallOptions],
+    ) -> Call[Any]:
+        """Map, then reduce the list of results on a worker. Await what is returned.
+
+        Example:
+            async with asyncrt.Executor() as executor:
+                words = ["to", "be", "or", "not"]
+                assert await executor.map_reduce(len, words, sum) == 9
+                assert await executor.map_reduce(len, words, max, fan_in=2) == 3
+
+        A failure of the map or of a reduction is raised as it is, and cancels what is left.
+
+        Args:
+            fn: As for ``map``.
+            iterable: As for ``map``.
+            reduce_fn: Gets a list of results, in the order of the input.
+            kwargs: Keyword arguments of ``fn`` that all calls share.
+            fan_in: ``None``: ``reduce_fn`` is called once, with all results. A number: it is called
+                with so many neighbouring results as soon as they are there, then with so many of
+                what *it* returned, and so on (a tree), so that reducing goes on beside the map and
+                no call gets all results. It must not matter then how they are grouped, as for
+                ``sum`` or ``max`` (but not for a mean).
+            spawn_reducer: Share of the results that must be there before the first reduction; so
+                much of the map has the workers for itself. For input without a size it counts
+                once that has ended.
+            options: Of the map, see ``CallOptions``; retries, timeout, deadline and isolation hold
+                for the reductions too. With ``return_exceptions=True`` failures are among what
+                ``reduce_fn`` gets.
+
+        Raises:
+            ConfigError: A bad ``fan_in``, ``spawn_reducer`` or option. Otherwise as ``map``.
+        """
+        check_count("fan_in", fan_in, optional=True, least=2)
+        check_number("spawn_reducer", spawn_reducer, least=0.0, most=1.0)
+        settings, host = self._opened()
+        host.packer.pack(reduce_fn, {})  # what is wrong with it is told before anything starts
+        mine = settings.updated(options, only_calls=True)
+        reducer = self._view(
+            replace(mine, call=mine.call.of_single_calls(f"reduce-{label_of(reduce_fn)}"))
+        )
+        run = self.map(fn, iterable, kwargs=kwargs, **options)
+        reduction = Reduction(
+            run,
+            lambda values: reducer.submit(reduce_fn, values),
+            fan_in=fan_in,
+            fraction=spawn_reducer,
+        )
+        last = reducer._start(reduce_fn, (reduction.last_inputs(),), "one", {}, {})
+        return last.only_call()
+
     def with_options(self, **options: Unpack[ExecutorOptions]) -> Executor:
         """Return a view of this executor with other options. It owns nothing and needs no closing.
 
@@ -315,12 +407,13 @@ class Executor:
             ConfigError: An unknown option or a bad value.
             ExecutorClosedError: The executor is not open.
         """
-        settings, host = self._opened()
+        settings, _ = self._opened()
+        return self._view(settings.updated(options))
+
+    def _view(self, settings: Settings) -> Executor:
         view = _View()
-        view._config = self._config
-        view._options = {**self._options, **options}
-        view._settings = settings.updated(options)
-        view._host = host
+        view._settings = settings
+        view._host = self._host
         return view
 
     def _opened(self) -> tuple[Settings, _Host]:
@@ -426,7 +519,7 @@ class _Host:
                 await self._closing.wait()
                 group.cancel_scope.cancel()
         except BaseException as error:
-            self._crash = _innermost(error)
+            self._crash = innermost(error)
             raise
         finally:
             self._group = None
@@ -465,7 +558,8 @@ class _Host:
         """Wait for the runs that were started. Input that was not pulled yet is dropped."""
         for pool in tuple(self._pools.values()):
             for run in pool.runs:
-                run.stop_pulling()
+                if not run.is_single:  # its input is what other runs give
+                    run.stop_pulling()
         for pool in tuple(self._pools.values()):
             for run in pool.runs:
                 await run.finished()
@@ -481,12 +575,6 @@ class _Host:
         elif not self._task.cancelled():
             with contextlib.suppress(BaseException):
                 self._task.result()  # a crash was, or will be, told by ``check``
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _choose_backend(settings: PoolSettings) -> Backend:

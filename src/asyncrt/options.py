@@ -18,6 +18,7 @@ from asyncrt.checks import (
     check_choice,
     check_count,
     check_no_credentials,
+    check_number,
     check_seconds,
     check_text,
     is_int,
@@ -114,20 +115,10 @@ class Backups:
     max_share: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("multiplier", 1.0, None),
-            ("quantile", 0.0, 1.0),
-            ("min_seconds", 0.0, None),
-            ("max_share", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if not is_number(value) or value < low or (high is not None and value > high):
-                limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-                raise ConfigError(
-                    f"backups: {name} must be a number of {limits}, not {value!r}",
-                    key="backups",
-                    expected=f"a number of {limits}",
-                )
+        check_number("backups.multiplier", self.multiplier, least=1.0)
+        check_number("backups.quantile", self.quantile, least=0.0, most=1.0)
+        check_seconds("backups.min_seconds", self.min_seconds, zero=True)
+        check_number("backups.max_share", self.max_share, least=0.0, most=1.0)
 
 
 class CommonCallOptions(TypedDict, total=False):
@@ -236,6 +227,16 @@ class CallSettings:
                 expected="asyncrt.Backups(...) or true or false",
             )
         check_text("name", self.name, optional=True)
+
+    def of_single_calls(self, name: str) -> CallSettings:
+        """Return what of these holds for calls that are made one by one."""
+        return CallSettings(
+            retries=self.retries,
+            timeout=self.timeout,
+            deadline=self.deadline,
+            isolation=self.isolation,
+            name=name,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

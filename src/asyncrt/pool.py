@@ -27,6 +27,7 @@ from asyncrt.actions import (
 )
 from asyncrt.backends.base import Backend, WorkerExit, WorkerPoolHandle
 from asyncrt.dispatcher import Dispatcher
+from asyncrt.errorgroups import innermost
 from asyncrt.errors import (
     AsyncrtError,
     ExecutorClosedError,
@@ -106,9 +107,9 @@ class WorkerPool:
                 self._scale()
                 await anyio.sleep_forever()
         except* AsyncrtError as errors:
-            self._fail(_first(errors))
+            self._fail(innermost(errors))
         except* Exception as errors:
-            self._fail(_first(errors))  # a bug: its runs are told what it is, then all else
+            self._fail(innermost(errors))  # a bug: its runs are told what it is, then all else
             raise
         finally:
             self._group = None
@@ -574,10 +575,3 @@ class WorkerPool:
 def _draws() -> Iterator[float]:
     while True:
         yield random.random()  # noqa: S311 - jitter
-
-
-def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
-    found: BaseException = errors
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    return found

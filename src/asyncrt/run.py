@@ -118,6 +118,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self._logs: OrderedDict[int, bytearray] = OrderedDict()
         self._log_bytes = 0
         self.note: str | None = None
+        self.is_single = self._total == 1
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.status}>"
@@ -128,6 +129,16 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     def calls(self) -> Sequence[Call[R]]:
         """The calls; of an input without a size, those that are not delivered yet."""
         return _Calls(self, self._base, self._taken)
+
+    def only_call(self) -> Call[R]:
+        """Say that there will be one call, which its input is still to give; return that."""
+        self.is_single = True
+        return Call(self, 0)
+
+    @property
+    def total(self) -> int | None:
+        """The number of calls; ``None`` while that is not known."""
+        return self._total
 
     @property
     def stats(self) -> Stats:
@@ -291,7 +302,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
 
     def cancel_call(self, index: int) -> None:
         """Give up one call. See ``Call.cancel``."""
-        if self._state_of(index) == _OPEN and not self._done.is_set():
+        if self.is_single and not self._taken:
+            self._end_cancelled()
+        elif self._state_of(index) == _OPEN and not self._done.is_set():
             sent = self._count_sent(index)
             self._owner.give_up_call(self, index)
             self.log.append(Cancelled(self._now(), (index,), sent))
@@ -320,7 +333,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             try:
                 await settled
             except asyncio.CancelledError:
-                if self._total == 1:
+                if self.is_single:
                     self._end_cancelled()
                 else:
                     self.cancel_call(index)
@@ -329,7 +342,11 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
                 waiting.discard(settled)
 
     def _state_of(self, index: int) -> int:
-        return _DELIVERED if index < self._base else self._states[index - self._base]
+        if index < self._base:
+            return _DELIVERED
+        if self.is_single and not self._taken:
+            return _CANCELLED if self._done.is_set() else _OPEN
+        return self._states[index - self._base]
 
     def status_of(
         self, index: int

@@ -36,9 +36,12 @@ import asyncrt
 from asyncrt import Executor, Failure, Retry, Success
 from asyncrt.errors import (
     CallTimeoutError,
+    ConfigError,
     ExecutorClosedError,
+    NestedExecutorError,
     RunCancelledError,
     RunDeadlineError,
+    SerializationError,
     WorkerCrashedError,
 )
 from asyncrt.events import CallQueued, CallReturned, CallSent, CallStarted, RunEnded
@@ -484,6 +487,28 @@ async def test_a_view_has_its_own_pool_when_the_shape_is_another(desk: Desk) -> 
         await first
         assert await executor.submit(variable, "ASYNCRT_TEST") is None
     assert processes() == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("min_workers", 1), ("idle_timeout", 5), ("echo", True)],
+)
+async def test_a_view_of_shared_workers_cannot_change_their_pool(option: str, value: Any) -> None:
+    changed: dict[str, Any] = {option: value}
+    async with Executor(max_workers=2, echo=False) as executor:
+        with pytest.raises(ConfigError, match=f"{option}={value!r}: these workers are shared"):
+            executor.with_options(**changed)
+        own = executor.with_options(env={"ASYNCRT_TEST": "own"}, **changed)
+        assert await own.submit(variable, "ASYNCRT_TEST") == "own"
+        other = executor.with_options(env={"ASYNCRT_TEST": "own"}, idle_timeout=9.0)
+        with pytest.raises(ConfigError, match="these workers are shared"):
+            other.submit(square, 2)
+
+
+async def test_an_executor_cannot_travel(executor: Executor) -> None:
+    with pytest.raises(SerializationError, match=r"'executor'.*return what is to be done") as error:
+        executor.submit(lambda: executor.submit(abs, -1))
+    assert isinstance(error.value.__cause__, NestedExecutorError)
 
 
 async def test_a_view_never_closes_anything(executor: Executor) -> None:

@@ -6,6 +6,7 @@ parses a message, and every error survives pickle.
     AsyncrtError
     ├── ConfigError (ValueError)            a configuration file, variable or option is wrong
     ├── ExecutorClosedError (RuntimeError)  used before it was opened or after it was closed
+    ├── NestedExecutorError (RuntimeError)  a call tried to submit calls
     ├── ProtocolError                       the peer broke the wire format
     │   └── AuthenticationError             the peer does not know the pool's token
     ├── WorkerStartError                    no worker could be started
@@ -82,6 +83,14 @@ class ConfigError(AsyncrtError, ValueError):
 
 class ExecutorClosedError(AsyncrtError, RuntimeError):
     """The executor is not open: not yet entered, or already closed."""
+
+
+class NestedExecutorError(AsyncrtError, RuntimeError):
+    """A call tried to open an executor, or to take one with it.
+
+    A call that waits for other calls holds a worker while it does: a pool of such calls waits for
+    ever. Submit from the client instead: map over what the first calls return, or ``map_reduce``.
+    """
 
 
 class ProtocolError(AsyncrtError):

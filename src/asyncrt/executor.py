@@ -8,10 +8,10 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar, Unpack, overload
 
 import anyio
 import anyio.to_thread
@@ -19,7 +19,8 @@ import anyio.to_thread
 from asyncrt.backends.local import LocalBackend
 from asyncrt.checks import check_count, check_number
 from asyncrt.errorgroups import innermost
-from asyncrt.errors import ConfigError, ExecutorClosedError
+from asyncrt.errors import ConfigError, ExecutorClosedError, NestedExecutorError
+from asyncrt.inside import seat
 from asyncrt.mapreduce import Reduction
 from asyncrt.options import CallOptions, CommonCallOptions, ExecutorOptions, PoolSettings, Settings
 from asyncrt.pool import WorkerPool
@@ -39,6 +40,10 @@ R = TypeVar("R")
 
 _TICK_SECONDS: Final = 0.5
 _CLOSE_SECONDS: Final = 15.0
+_INSTEAD: Final = (
+    "a call that waits for other calls holds a worker while it does; return what is to be done and "
+    "map over it at the client, or use map_reduce"
+)
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9]+")
 
 _Inputs = Iterable[Any] | AsyncIterable[Any]
@@ -97,7 +102,14 @@ class Executor:
         """
         await self._close(cancel=cancel)
 
+    def __reduce__(self) -> NoReturn:
+        raise NestedExecutorError(f"an executor cannot travel to a worker: {_INSTEAD}")
+
     async def _open(self) -> None:
+        if seat.run_id is not None:
+            raise NestedExecutorError(
+                f"call {seat.index} of run {seat.run_id} cannot open an executor: {_INSTEAD}"
+            )
         if self._host is not None:
             raise ExecutorClosedError("this executor was opened before: make a new one")
         settings = await anyio.to_thread.run_sync(self._resolve)
@@ -404,11 +416,15 @@ class Executor:
         has its own, which end with this executor.
 
         Raises:
-            ConfigError: An unknown option or a bad value.
+            ConfigError: An unknown option or a bad value; or one (such as ``idle_timeout``) that
+                workers which are shared cannot have.
             ExecutorClosedError: The executor is not open.
         """
-        settings, _ = self._opened()
-        return self._view(settings.updated(options))
+        mine, _ = self._opened()
+        settings = mine.updated(options)
+        if settings.pool.shape() == mine.pool.shape():
+            _check_shared(mine.pool, settings.pool)
+        return self._view(settings)
 
     def _view(self, settings: Settings) -> Executor:
         view = _View()
@@ -552,6 +568,8 @@ class _Host:
         if pool is None:
             pool = self._pools[settings.shape()] = WorkerPool(settings, backend, token=self._token)
             self._group.start_soon(pool.run)
+        else:
+            _check_shared(pool.settings, settings)
         return pool
 
     async def drain(self) -> None:
@@ -575,6 +593,24 @@ class _Host:
         elif not self._task.cancelled():
             with contextlib.suppress(BaseException):
                 self._task.result()  # a crash was, or will be, told by ``check``
+
+
+def _check_shared(there: PoolSettings, wanted: PoolSettings) -> None:
+    """Refuse what workers that are shared cannot be; how many there are is the first one's matter.
+
+    Raises:
+        ConfigError: They would have to be two things at once.
+    """
+    for item in fields(there):
+        name, have, want = item.name, getattr(there, item.name), getattr(wanted, item.name)
+        if have != want and name != "max_workers":
+            raise ConfigError(
+                f"{name}={want!r}: these workers are shared, and have {name}={have!r}; give it to "
+                "Executor(...), or ask for workers of another kind too (cpu, memory, slots, env, "
+                "...), which are the view's own",
+                key=name,
+                expected=repr(have),
+            )
 
 
 def _choose_backend(settings: PoolSettings) -> Backend:

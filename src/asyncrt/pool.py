@@ -70,7 +70,7 @@ class WorkerPool:
     """
 
     def __init__(self, settings: PoolSettings, backend: Backend, *, token: bytes) -> None:
-        self._settings = settings
+        self.settings = settings
         self._backend = backend
         self._token = token
         self._dispatcher = Dispatcher(draw=_draws())
@@ -98,7 +98,7 @@ class WorkerPool:
         """Keep the pool until cancelled. A backend that fails ends its runs, not the executor."""
         try:
             async with (
-                self._backend.open_pool(self._settings, token=self._token) as handle,
+                self._backend.open_pool(self.settings, token=self._token) as handle,
                 anyio.create_task_group() as group,
             ):
                 self._handle, self._group = handle, group
@@ -229,8 +229,8 @@ class WorkerPool:
     # -- workers ----------------------------------------------------------------------------------
 
     def _max_workers(self) -> int:
-        if self._settings.max_workers is not None:
-            return self._settings.max_workers
+        if self.settings.max_workers is not None:
+            return self.settings.max_workers
         return self._handle.default_max_workers if self._handle else 1
 
     def _scale(self) -> None:
@@ -241,17 +241,17 @@ class WorkerPool:
         have = len(self._links) + self._starting - len(self._draining)
         if have >= most:
             return
-        slots = self._settings.slots
+        slots = self.settings.slots
         wanted = math.ceil(self._dispatcher.demand(most * slots) / slots)
-        for _ in range(min(most, max(wanted, self._settings.min_workers)) - have):
+        for _ in range(min(most, max(wanted, self.settings.min_workers)) - have):
             self._starting += 1
             self._group.start_soon(self._run_worker)
 
     def _end_idle(self, now: float) -> None:
-        timeout = self._settings.idle_timeout
+        timeout = self.settings.idle_timeout
         if timeout is None:
             return
-        spare = len(self._links) - len(self._draining) - self._settings.min_workers
+        spare = len(self._links) - len(self._draining) - self.settings.min_workers
         for name, state in tuple(self._dispatcher.workers.items()):
             if spare <= 0:
                 return
@@ -277,9 +277,9 @@ class WorkerPool:
                 worker,
                 self,
                 token=self._token,
-                heartbeat_interval=self._settings.heartbeat_interval,
-                start_timeout=self._settings.start_timeout,
-                orphan_timeout=self._settings.orphan_timeout,
+                heartbeat_interval=self.settings.heartbeat_interval,
+                start_timeout=self.settings.start_timeout,
+                orphan_timeout=self.settings.orphan_timeout,
                 schedule=self._schedule,
             )
             self._links[link.name] = link
@@ -389,7 +389,7 @@ class WorkerPool:
         run = self._runs.get(header["run"]) or self._leaving.get(header["run"])
         if run is not None:
             run.add_log(header["index"], text)
-        if self._settings.echo:
+        if self.settings.echo:
             stream = sys.stdout if header["stream"] == "out" else sys.stderr
             stream.write(text.decode("utf-8", "replace"))
             stream.flush()

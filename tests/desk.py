@@ -241,3 +241,16 @@ def die_at_first(argument: tuple[int, str]) -> int:
     Path(directory, "copied").touch()
     time.sleep(0.5)
     return -number
+
+
+class Unloadable:
+    """Can be pickled, and not be loaded at the client."""
+
+    def __init__(self, client: int) -> None:
+        self.client = client
+        self.data = bytes(2 << 20)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["client"] == os.getpid():
+            raise LookupError("no such table")
+        self.__dict__.update(state)

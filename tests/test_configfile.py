@@ -359,6 +359,8 @@ def test_every_option_can_be_in_the_file(load: Load) -> None:
         "orphan_timeout": "20.5",
         "heartbeat_interval": "2",
         "recycle_memory": "512Mi",
+        "spill_dir": "/scratch",
+        "spill_limit": "1Gi",
         "store": "s3://bucket",
         "echo": "false",
         "ordered": "false",

@@ -405,14 +405,17 @@ def test_every_option_can_be_set() -> None:
         "orphan_timeout": 6,
         "heartbeat_interval": 1,
         "recycle_memory": "128Mi",
+        "spill_dir": "/scratch",
+        "spill_limit": "1Gi",
         "store": "s3://bucket",
         "echo": False,
     }
     assert set(options) == CALL_OPTIONS | POOL_OPTIONS
     settings = Settings().updated(options)
     quantities = {"cpu_millicores": 500, "memory_bytes": 256 * MIB, "recycle_memory_bytes": 2**27}
+    quantities["spill_limit_bytes"] = 2**30
     for name, value in {**options, **quantities}.items():
-        if name not in {"cpu", "memory", "recycle_memory"}:
+        if name not in {"cpu", "memory", "recycle_memory", "spill_limit"}:
             part = settings.call if name in CALL_OPTIONS else settings.pool
             assert getattr(part, name) == value
 
@@ -519,6 +522,6 @@ def test_defaults_are_those_of_settings_without_options() -> None:
         for item in fields(part)
     }
     for name, value in defaults.items():
-        if name not in {"cpu", "memory", "recycle_memory"}:
+        if name not in {"cpu", "memory", "recycle_memory", "spill_limit"}:
             assert parts[name] == value
     assert (defaults["cpu"], defaults["memory"], defaults["recycle_memory"]) == (None, None, None)

@@ -18,7 +18,7 @@ from asyncrt.backends.base import ByteStream, Worker, WorkerExit
 from asyncrt.errors import ProtocolError, RuntimeMismatchError, StartTimeoutError
 from asyncrt.serialize import PackedFunction
 from asyncrt.worker.authentication import new_nonce, prove, verify
-from asyncrt.worker.protocol import Buffer, Decoder, Frame, Kind, Limits, Outbox
+from asyncrt.worker.protocol import Buffer, Decoder, Frame, Kind, Limits, Outbox, allocate_anonymous
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Link:
         start_timeout: float,
         orphan_timeout: float,
         schedule: Callable[[float, Callable[[], None]], object],
+        allocate: Callable[[int], Buffer] = allocate_anonymous,
     ) -> None:
         self.worker = worker
         self.name = worker.name
@@ -75,6 +76,7 @@ class Link:
         self._start_timeout = start_timeout
         self._orphan_timeout = orphan_timeout
         self._schedule = schedule
+        self._allocate = allocate
         self._now = asyncio.get_running_loop().time
         self._stream: ByteStream | None = None
         self._reset()
@@ -170,7 +172,9 @@ class Link:
     def _reset(self) -> None:
         """Forget what belongs to a connection that is no more."""
         self._decoder = Decoder(
-            Limits(header_bytes=1 << 16, body_bytes=0, open_streams=0), load=_load_header
+            Limits(header_bytes=1 << 16, body_bytes=0, open_streams=0),
+            allocate=self._allocate,
+            load=_load_header,
         )
         self._outbox = Outbox(dump=msgspec.json.encode)
         self._nonce = ""

@@ -7,8 +7,9 @@ from typing import Any
 
 import anyio
 
+from asyncrt.call import Call
 from asyncrt.errorgroups import innermost
-from asyncrt.outcome import Success
+from asyncrt.outcome import Failure
 from asyncrt.run import Run
 
 
@@ -88,9 +89,7 @@ class Reduction:
                 self._group = group
                 done = 0
                 async for call in run.as_completed():
-                    outcome = call.outcome
-                    assert outcome is not None
-                    value = outcome.value if isinstance(outcome, Success) else outcome.error
+                    value = await self._result_of(call)
                     self._take(0, call.index, value)
                     done += 1
                     if self._waiting and done >= self._fraction * (run.total or 0):
@@ -99,6 +98,15 @@ class Reduction:
         except BaseExceptionGroup as errors:
             raise innermost(errors) from None
         return self._tree.rest()
+
+    @staticmethod
+    async def _result_of(call: Call[Any]) -> Any:
+        """Return the result of a call that has ended; its error where these count as results."""
+        if call.status == "failed":
+            outcome = call.outcome
+            assert isinstance(outcome, Failure)
+            return outcome.error
+        return await call
 
     def _begin(self) -> None:
         """Reduce the groups that are complete, and from now on each when it is."""

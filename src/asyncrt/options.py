@@ -26,7 +26,7 @@ from asyncrt.checks import (
     nearest,
 )
 from asyncrt.errors import ConfigError
-from asyncrt.quantities import parse_cpu, parse_memory
+from asyncrt.quantities import parse_cpu, parse_memory, parse_size
 
 BACKENDS: Final = ("local", "docker", "k8s")
 
@@ -157,6 +157,8 @@ class ExecutorOptions(CallOptions, total=False):
     orphan_timeout: float
     heartbeat_interval: float
     recycle_memory: str | int | None
+    spill_dir: str | None
+    spill_limit: str | int
     store: str | None
     echo: bool
 
@@ -261,6 +263,11 @@ class PoolSettings:
         heartbeat_interval: Seconds between signs of life; three missed ones are a lost connection.
         recycle_memory_bytes: A process that holds more than this after a call is replaced (option
             ``recycle_memory``); ``None``: half of ``memory``, or never without one.
+        spill_dir: Directory for large results that nobody has taken yet and that are more than
+            ``spill_limit``: they wait in files there, and are loaded when they are asked for.
+            ``None``: all results are in memory.
+        spill_limit_bytes: Bytes of large results (over 1 MiB) that stay in memory (option
+            ``spill_limit``).
         store: Where large objects lie, as a URL; not used in stream mode yet.
         echo: Show what calls print, as it comes, on this process's standard output and error.
     """
@@ -279,6 +286,8 @@ class PoolSettings:
     orphan_timeout: float = 120.0
     heartbeat_interval: float = 10.0
     recycle_memory_bytes: int | None = None
+    spill_dir: str | None = None
+    spill_limit_bytes: int = 1 << 28
     store: str | None = None
     echo: bool = True
 
@@ -292,7 +301,7 @@ class PoolSettings:
                 key="backend",
                 expected=" | ".join(BACKENDS),
             )
-        for name in ("runtime", "store"):
+        for name in ("runtime", "spill_dir", "store"):
             check_text(name, getattr(self, name), optional=True)
         check_no_credentials("store", self.store)
         for name in ("slots", "max_workers"):
@@ -344,6 +353,7 @@ _QUANTITIES: Final[Mapping[str, tuple[str, Callable[..., int]]]] = {
     "cpu": ("cpu_millicores", parse_cpu),
     "memory": ("memory_bytes", parse_memory),
     "recycle_memory": ("recycle_memory_bytes", parse_memory),
+    "spill_limit": ("spill_limit_bytes", parse_size),
 }
 
 

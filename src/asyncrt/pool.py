@@ -50,6 +50,7 @@ from asyncrt.results import (
 )
 from asyncrt.run import Run
 from asyncrt.serialize import pack_arguments
+from asyncrt.spill import Spill
 from asyncrt.worker.protocol import Buffer, Frame, Kind, byte_length
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class WorkerPool:
         self._links: dict[str, Link] = {}
         self._starting = 0
         self._draining: set[str] = set()
+        self._spill = Spill(settings.spill_dir, settings.spill_limit_bytes)
         self._start_failures = 0
         self._group: TaskGroup | None = None
         self._handle: WorkerPoolHandle | None = None
@@ -113,6 +115,7 @@ class WorkerPool:
             raise
         finally:
             self._group = None
+            self._spill.close()
             if self._timer is not None:
                 self._timer.cancel()
             if self._failed is None:
@@ -281,6 +284,7 @@ class WorkerPool:
                 start_timeout=self.settings.start_timeout,
                 orphan_timeout=self.settings.orphan_timeout,
                 schedule=self._schedule,
+                allocate=self._spill.allocate,
             )
             self._links[link.name] = link
             self._starting -= 1
@@ -388,7 +392,7 @@ class WorkerPool:
         text = bytes(body)
         run = self._runs.get(header["run"]) or self._leaving.get(header["run"])
         if run is not None:
-            run.add_log(header["index"], text)
+            run.logs.add(header["index"], text)
         if self.settings.echo:
             stream = sys.stdout if header["stream"] == "out" else sys.stderr
             stream.write(text.decode("utf-8", "replace"))
@@ -403,16 +407,25 @@ class WorkerPool:
         if len(frame.body) > _LARGE_BYTES and self._group is not None:
             self._group.start_soon(self._take_large, link, parts, frame.body)
         else:
-            for outcomes in self._load(link, parts, frame.body):
+            for outcomes in self._load(link, parts, frame.body, later=False):
                 self._take(link, outcomes)
 
     @staticmethod
-    def _load(link: Link, parts: list[Part], body: Buffer) -> Iterator[Outcomes]:
-        return load_outcomes(parts, body, worker=link.name, clock_offset=link.clock_offset)
+    def _load(link: Link, parts: list[Part], body: Buffer, *, later: bool) -> Iterator[Outcomes]:
+        return load_outcomes(
+            parts,
+            body,
+            worker=link.name,
+            clock_offset=link.clock_offset,
+            later=later,
+        )
 
     async def _take_large(self, link: Link, parts: list[Part], body: Buffer) -> None:
         """Unpickle in a thread; the loop goes on between slices of a large object."""
-        found = await anyio.to_thread.run_sync(lambda: list(self._load(link, parts, body)))
+        later = self._spill.defers
+        found = await anyio.to_thread.run_sync(
+            lambda: list(self._load(link, parts, body, later=later))
+        )
         for outcomes in found:
             if self._dispatcher.chunk(link.name, outcomes.chunk.id) is outcomes.chunk:
                 self._take(link, outcomes)
@@ -424,7 +437,7 @@ class WorkerPool:
         if run is not None:
             for position, (error, trace) in errors.items():
                 index = chunk.indexes[position]
-                annotate(error, trace, run.logs_of(index), facts_of(chunk, position, link.name))
+                annotate(error, trace, run.logs.of(index), facts_of(chunk, position, link.name))
         news, actions = self._dispatcher.finished(
             chunk,
             first,

@@ -36,6 +36,19 @@ _LARGEST_MEMORY_BYTES: Final = 2**63 - 1
 _MOST_CPUS: Final = 100_000
 
 
+def parse_size(value: str | float, *, key: str) -> int:
+    """Return a quantity of bytes.
+
+    Args:
+        value: ``"256Mi"``, ``"1G"``, or a number of bytes.
+        key: Name to use in errors.
+
+    Raises:
+        ConfigError: Not a quantity.
+    """
+    return int(_parse(value, key=key, example="'256Mi'"))
+
+
 def parse_memory(value: str | float, *, key: str = "memory") -> int:
     """Return a memory quantity in bytes.
 
@@ -47,7 +60,7 @@ def parse_memory(value: str | float, *, key: str = "memory") -> int:
         ConfigError: Not a quantity, or under 4 MiB, where no Python starts (a number of bytes that
             was meant as MiB).
     """
-    size_bytes = int(_parse(value, key=key, example="'256Mi'"))
+    size_bytes = parse_size(value, key=key)
     if size_bytes < _SMALLEST_MEMORY_BYTES:
         digits = re.match("[0-9]+", str(value).strip())
         meant = f"{int(digits[0])}Mi" if digits and 4 <= int(digits[0]) < 2**20 else "256Mi"

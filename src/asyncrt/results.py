@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from array import array
@@ -15,6 +16,7 @@ from asyncrt.errors import SerializationError
 from asyncrt.events import Finished
 from asyncrt.queues import Chunk
 from asyncrt.serialize import build_failure, load_error
+from asyncrt.spill import Deferred
 from asyncrt.worker.payload import decode
 from asyncrt.worker.protocol import Buffer
 from asyncrt.worker.records import Outcome, iterate_records
@@ -45,9 +47,13 @@ class Outcomes:
 
 
 def load_outcomes(
-    parts: Sequence[Part], body: Buffer, *, worker: str, clock_offset: float
+    parts: Sequence[Part], body: Buffer, *, worker: str, clock_offset: float, later: bool
 ) -> Iterator[Outcomes]:
-    """Load what a frame holds. May run in a thread: it touches nothing but its arguments."""
+    """Load what a frame holds. May run in a thread: it touches nothing but its arguments.
+
+    Args:
+        later: Leave results in the body until somebody takes them.
+    """
     view = memoryview(body)
     records = iterate_records(view, sum(count for _, _, count in parts))
     for chunk, first, count in parts:
@@ -55,7 +61,7 @@ def load_outcomes(
         if chunk is None:  # late news
             deque(mine, maxlen=0)
         else:
-            yield _load_part(chunk, first, view, mine, worker, clock_offset)
+            yield _load_part(chunk, first, view, mine, worker, clock_offset, later)
 
 
 def _load_part(
@@ -65,6 +71,7 @@ def _load_part(
     records: Iterator[_Record],
     worker: str,
     clock_offset: float,
+    later: bool,
 ) -> Outcomes:
     values: list[Any] = []
     errors: dict[int, tuple[Exception, str]] = {}
@@ -74,7 +81,10 @@ def _load_part(
         times.append(started + clock_offset)
         times.append(ended + clock_offset)
         value: Any = None
-        if outcome == Outcome.SUCCESS:
+        if outcome == Outcome.SUCCESS and later:
+            facts = facts_of(chunk, position, worker)
+            value = Deferred(functools.partial(_load_result, body[begin:end], facts))
+        elif outcome == Outcome.SUCCESS:
             try:
                 value = decode(body, begin, end)
             except Exception as error:  # noqa: BLE001 - loading runs the user's own code
@@ -148,6 +158,13 @@ def annotate(error: Exception, trace: str, printed: str, facts: dict[str, Any]) 
 
 def _load(packed: memoryview) -> Any:
     return decode(packed, 0, packed.nbytes)
+
+
+def _load_result(packed: memoryview, facts: dict[str, Any]) -> Any:
+    try:
+        return _load(packed)
+    except Exception as error:
+        raise _unloadable(error, facts) from error
 
 
 def _unloadable(error: Exception, facts: dict[str, Any]) -> SerializationError:

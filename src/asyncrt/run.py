@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
 import anyio
+import anyio.to_thread
 
-from asyncrt.call import Call
-from asyncrt.errors import RunCancelledError, RunDeadlineError
+from asyncrt.call import Call, Calls
+from asyncrt.calllogs import CallLogs
+from asyncrt.errors import RunCancelledError, RunDeadlineError, SerializationError
 from asyncrt.events import Cancelled, Ended, EventLog, EventStream, Queued, State, Stats
 from asyncrt.options import CallSettings
 from asyncrt.outcome import Failure, Success
 from asyncrt.queues import RunQueue
 from asyncrt.serialize import PackedFunction
 from asyncrt.sources import Feed
+from asyncrt.spill import Deferred
 from asyncrt.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
@@ -25,8 +28,6 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 DEFAULT_WINDOW: Final = 1000
-_LOG_BYTES_PER_CALL: Final = 1 << 16
-_LOG_BYTES: Final = 1 << 23
 _TRIM: Final = 1024
 _QUIET_SECONDS: Final = 10.0
 
@@ -115,8 +116,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self._done = asyncio.Event()
         self._news: set[asyncio.Future[None]] = set()
         self._waiting_for: dict[int, set[asyncio.Future[None]]] = {}
-        self._logs: OrderedDict[int, bytearray] = OrderedDict()
-        self._log_bytes = 0
+        self.logs = CallLogs()
         self.note: str | None = None
         self.is_single = self._total == 1
 
@@ -128,7 +128,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     @property
     def calls(self) -> Sequence[Call[R]]:
         """The calls; of an input without a size, those that are not delivered yet."""
-        return _Calls(self, self._base, self._taken)
+        return Calls(self, self._base, self._taken)
 
     def only_call(self) -> Call[R]:
         """Say that there will be one call, which its input is still to give; return that."""
@@ -194,7 +194,23 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             raise
         if self._error is not None:
             raise self._error
+        if any(isinstance(value, Deferred) for value in self._values):
+            self._values = await anyio.to_thread.run_sync(self._load_all, list(self._values))
         return list(self._values)
+
+    def _load_all(self, values: list[Any]) -> list[Any]:
+        return [self._load(value) for value in values]
+
+    def _load(self, value: Any) -> Any:
+        """Return a result, also one that was not loaded yet. In a thread: it is large."""
+        if not isinstance(value, Deferred):
+            return value
+        try:
+            return value.load()
+        except SerializationError as error:
+            if self.settings.return_exceptions:
+                return error
+            raise
 
     def __aiter__(self) -> Run[R]:
         self._begin_iteration()
@@ -212,7 +228,10 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         index = await self._next_settled(ordered=self.settings.ordered)
         if index is None:
             raise StopAsyncIteration
-        return cast("R", self._deliver(index))
+        value = self._deliver(index)
+        if isinstance(value, Deferred):
+            value = await anyio.to_thread.run_sync(self._load, value)
+        return cast("R", value)
 
     async def as_completed(self) -> AsyncIterator[Call[R]]:
         """Iterate over calls as they end, whatever ``ordered`` says. Is the one iteration."""
@@ -318,7 +337,10 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         while True:
             state = self._state_of(index)
             if state == _SUCCEEDED:
-                return cast("R", self._values[index - self._base])
+                value = self._values[index - self._base]
+                if isinstance(value, Deferred):
+                    value = await anyio.to_thread.run_sync(value.load)
+                return cast("R", value)
             if state == _FAILED:
                 raise self._values[index - self._base]
             if state == _DELIVERED:
@@ -379,14 +401,11 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         """Return how a call ended."""
         state = self._state_of(index)
         if state == _SUCCEEDED:
-            return Success(self._values[index - self._base])
+            value = self._values[index - self._base]
+            return Success(value.load() if isinstance(value, Deferred) else value)
         if state in (_FAILED, _CANCELLED):
             return self._failures.get(index)
         return None
-
-    def logs_of(self, index: int) -> str:
-        """Return what a call printed."""
-        return self._logs.get(index, b"").decode("utf-8", "replace")
 
     # -- what the pool tells ----------------------------------------------------------------------
 
@@ -555,38 +574,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             _wake(waiting)
         self._waiting_for.clear()
 
-    def add_log(self, index: int, text: bytes) -> None:
-        """Keep what a call printed: the last 64 KiB of each, 8 MiB in all."""
-        kept = self._logs.setdefault(index, bytearray())
-        self._logs.move_to_end(index)
-        self._log_bytes -= len(kept)
-        kept += text
-        del kept[:-_LOG_BYTES_PER_CALL]
-        self._log_bytes += len(kept)
-        while self._log_bytes > _LOG_BYTES:
-            self._log_bytes -= len(self._logs.popitem(last=False)[1])
-
 
 def _wake(waiting: Any) -> None:
     for future in waiting:
         if not future.done():
             future.set_result(None)
-
-
-class _Calls(Sequence[Call[R]], Generic[R]):
-    """The calls of a run, made when they are asked for."""
-
-    def __init__(self, run: Run[R], start: int, end: int) -> None:
-        self._run = run
-        self._indexes = range(start, end)
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return [Call(self._run, index) for index in self._indexes[position]]
-        return Call(self._run, self._indexes[position])
-
-    def __iter__(self) -> Iterator[Call[R]]:
-        return (Call(self._run, index) for index in self._indexes)

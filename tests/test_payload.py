@@ -253,3 +253,17 @@ def test_payloads_larger_than_a_slice_come_out_as_they_went_in(make: Any) -> Non
     found = round_trip(value)
     assert found == value
     assert type(found[0]) is type(value[0])
+
+
+def test_arrow_tables_share_the_memory_of_what_was_received() -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"number": np.arange(100_000, dtype=float)})
+    segments = encode(table, cloudpickle.Pickler)
+    column = table["number"].chunk(0).buffers()[1]
+    assert any(isinstance(each, memoryview) and each.nbytes == column.size for each in segments)
+    body = memoryview(bytearray(b"".join(segments)))
+    begin = np.frombuffer(body, dtype=np.uint8).ctypes.data
+    copy = decode(body, 0, body.nbytes)
+    assert copy.equals(table)
+    address = copy["number"].chunk(0).buffers()[1].address
+    assert begin <= address < begin + body.nbytes

@@ -40,6 +40,7 @@ _PREFETCH_SECONDS: Final = 0.005  # of work that waits at a slot
 _TARGET_BYTES: Final = 1 << 20
 _WORTH_MOVING_SECONDS: Final = 0.005
 _GROWTH: Final = 16
+_LOOK_AHEAD: Final = 16  # runs that are asked for a call to wait at a worker
 _SMOOTHING: Final = 0.3
 
 
@@ -52,7 +53,8 @@ class Dispatcher:
 
     def __init__(self, *, draw: Iterable[float]) -> None:
         self._draw = iter(draw)
-        self._runs: deque[RunQueue] = deque()
+        self._runs: dict[RunQueue, None] = {}
+        self._ready: deque[RunQueue] = deque()  # that have something to send
         self._workers: dict[str, WorkerState] = {}
         self._idle: dict[str, WorkerState] = {}  # with a free slot
         self._spare: dict[str, WorkerState] = {}  # busy, with room for a call that waits there
@@ -60,6 +62,7 @@ class Dispatcher:
         self._delayed: list[tuple[float, int, RunQueue, int, int]] = []
         self._ticket = itertools.count()
         self._revoking: set[int] = set()
+        self._speculative: dict[RunQueue, None] = {}  # runs with backups
         self._copy_at: float | None = None  # when a running call may be due for a copy
 
     # -- what others ask --------------------------------------------------------------------------
@@ -99,11 +102,14 @@ class Dispatcher:
 
     def add_run(self, run: RunQueue) -> None:
         """Take a run. Its calls come with ``offer``."""
-        self._runs.append(run)
+        self._runs[run] = None
+        if run.stragglers is not None:
+            self._speculative[run] = None
 
     def offer(self, run: RunQueue, count: int, *, now: float) -> list[Action]:
         """Take more calls of a run."""
         run.offered += count
+        self._queue(run)
         return self._fill(now)
 
     def cancel_run(self, run: RunQueue, *, now: float) -> list[Action]:
@@ -148,8 +154,8 @@ class Dispatcher:
     def _end_run(self, run: RunQueue) -> None:
         run.over = True
         run.copies.clear()
-        if run in self._runs:
-            self._runs.remove(run)
+        self._runs.pop(run, None)
+        self._speculative.pop(run, None)
 
     # -- workers ----------------------------------------------------------------------------------
 
@@ -235,8 +241,8 @@ class Dispatcher:
         run = chunk.run
         if count:
             seconds = busy_seconds / count
-            known = run.seconds
-            run.seconds = seconds if known is None else known + _SMOOTHING * (seconds - known)
+            known = run.pace.seconds
+            run.pace.seconds = seconds if known is None else known + _SMOOTHING * (seconds - known)
         if run.stragglers is not None:
             run.stragglers.learn(map(operator.sub, times[1::2], times[::2]))
         if failures:
@@ -280,6 +286,7 @@ class Dispatcher:
             run.waiting -= 1
             if not run.over and index not in run.cancelled:
                 run.returned.append(((index,), attempt))
+                self._queue(run)
         return self._fill(now)
 
     def unsendable(
@@ -309,7 +316,9 @@ class Dispatcher:
     def measured(self, run: RunQueue, calls: int, size_bytes: int) -> None:
         """Learn how large arguments are."""
         each = size_bytes / calls
-        run.call_bytes += (_SMOOTHING if run.call_bytes else 1.0) * (each - run.call_bytes)
+        run.pace.call_bytes += (_SMOOTHING if run.pace.call_bytes else 1.0) * (
+            each - run.pace.call_bytes
+        )
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -349,6 +358,7 @@ class Dispatcher:
         attempt = losses + run.failures.get(index, 0) + run.copied.get(index, 0)
         if losses < MAX_LOSSES:
             run.returned.append(((index,), attempt + 1))
+            self._queue(run)
             return [Requeued(run, (index,), worker)]
         run.settled += 1
         error = _lost_too_often(run.id, index, attempt, worker)
@@ -376,6 +386,7 @@ class Dispatcher:
         if indexes:
             run.last_size = 1  # something was slower than thought: begin with care
             run.returned.appendleft((indexes, chunk.attempt))
+            self._queue(run)
             actions.append(Requeued(run, indexes, chunk.worker))
         return actions
 
@@ -412,9 +423,15 @@ class Dispatcher:
 
     def _next_chunk(self, room: dict[str, WorkerState], *, prefetch: bool) -> Chunk | None:
         worker = next(iter(room.values()))
-        for _ in range(len(self._runs)):
-            run = self._runs[0]
-            self._runs.rotate(-1)
+        tries = min(len(self._ready), _LOOK_AHEAD) if prefetch else len(self._ready)
+        while self._ready and tries:
+            run = self._ready[0]
+            if run.over or not run.has_ready:
+                run.queued = False
+                self._ready.popleft()
+                continue
+            tries -= 1
+            self._ready.rotate(-1)
             if prefetch and len(worker.chunks) >= worker.slots * (1 + self._prefetch(run)):
                 continue
             indexes, attempt = self._take(run)
@@ -422,12 +439,18 @@ class Dispatcher:
                 return self._make_chunk(run, indexes, attempt, worker)
         return None
 
+    def _queue(self, run: RunQueue) -> None:
+        """Note that a run has something to send."""
+        if not run.queued:
+            run.queued = True
+            self._ready.append(run)
+
     @staticmethod
     def _prefetch(run: RunQueue) -> int:
         """Return how many chunks may wait at a slot, so that it never waits for the next one."""
-        if run.alone or run.seconds is None or run.seconds > _PREFETCH_BELOW_SECONDS:
+        if run.alone or run.pace.seconds is None or run.pace.seconds > _PREFETCH_BELOW_SECONDS:
             return 0
-        chunk_seconds = max(run.seconds * run.last_size, 1e-6)
+        chunk_seconds = max(run.pace.seconds * run.last_size, 1e-6)
         return max(1, min(MAX_PREFETCH, int(_PREFETCH_SECONDS / chunk_seconds)))
 
     def _take(self, run: RunQueue) -> tuple[Sequence[int], int]:
@@ -467,12 +490,12 @@ class Dispatcher:
             return 1
         if run.chunksize is not None:
             return run.chunksize
-        if run.seconds is None:
+        if run.pace.seconds is None:
             return 1
-        size = min(int(_TARGET_SECONDS / max(run.seconds, 1e-6)), MAX_CHUNK_CALLS)
+        size = min(int(_TARGET_SECONDS / max(run.pace.seconds, 1e-6)), MAX_CHUNK_CALLS)
         size = min(size, run.last_size * _GROWTH)
-        if run.call_bytes:
-            size = min(size, int(_TARGET_BYTES / run.call_bytes))
+        if run.pace.call_bytes:
+            size = min(size, int(_TARGET_BYTES / run.pace.call_bytes))
         slots = sum(worker.slots for worker in self._workers.values()) or 1
         left = run.ready if run.total is None else run.ready + run.total - run.offered
         return max(1, min(size, math.ceil(left / (3 * slots))))
@@ -480,17 +503,14 @@ class Dispatcher:
     def _balance(self) -> list[Action]:
         """Nothing is ready and somebody is idle: ask for calls that wait elsewhere."""
         best: Chunk | None = None
-        for run in self._runs:
-            if run.chunksize is not None:
-                continue
-            for chunk in run.chunks.values():
-                worker = self._workers.get(chunk.worker)
-                if worker is None or chunk.id in self._revoking:
+        for worker in self._workers.values():
+            waits = len(worker.chunks) > worker.slots
+            for chunk in worker.chunks.values():
+                if chunk.run.over or chunk.run.chunksize is not None or chunk.id in self._revoking:
                     continue
-                waits = len(worker.chunks) > worker.slots
                 if (waits or chunk.left > 1) and (best is None or chunk.left >= best.left):
                     best = chunk
-        if best is None or (best.run.seconds or 0.0) * best.left < _WORTH_MOVING_SECONDS:
+        if best is None or (best.run.pace.seconds or 0.0) * best.left < _WORTH_MOVING_SECONDS:
             return []
         self._revoking.add(best.id)
         return [Revoke(best.worker, best.id)]
@@ -500,9 +520,8 @@ class Dispatcher:
     def _copy_stragglers(self, now: float) -> list[Action]:
         """Nothing is ready and somebody is idle: start calls that run too long once more."""
         actions: list[Action] = []
-        for run in self._runs:
-            if run.stragglers is None:
-                continue
+        for run in self._speculative:
+            assert run.stragglers is not None
             for chunk in tuple(run.chunks.values()):
                 threshold = run.stragglers.threshold(run.total, run.settled)
                 if threshold is None:

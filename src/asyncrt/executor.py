@@ -22,10 +22,17 @@ from asyncrt.errorgroups import innermost
 from asyncrt.errors import ConfigError, ExecutorClosedError, NestedExecutorError
 from asyncrt.inside import seat
 from asyncrt.mapreduce import Reduction
-from asyncrt.options import CallOptions, CommonCallOptions, ExecutorOptions, PoolSettings, Settings
+from asyncrt.options import (
+    CallOptions,
+    CommonCallOptions,
+    ExecutorOptions,
+    PoolSettings,
+    Settings,
+    check_names,
+)
 from asyncrt.pool import WorkerPool
 from asyncrt.run import Run
-from asyncrt.serialize import FunctionPacker, label_of
+from asyncrt.serialize import FunctionPacker, PackedFunction, label_of
 from asyncrt.sources import as_sequences
 
 if TYPE_CHECKING:
@@ -432,6 +439,10 @@ class Executor:
         view._host = self._host
         return view
 
+    def unfinished(self) -> list[Run[Any]]:
+        """Return the runs that have not ended. For the blocking face."""
+        return self._host.runs() if self._host is not None else []
+
     def _opened(self) -> tuple[Settings, _Host]:
         host, settings = self._host, self._settings
         if host is None or settings is None:
@@ -449,10 +460,22 @@ class Executor:
         kwargs: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> Run[Any]:
+        _, host = self._opened()
+        if options:
+            check_names(options, only_calls=True)
+        return self.start_packed(host.packer.pack(fn, kwargs), iterables, style, options)
+
+    def start_packed(
+        self,
+        function: PackedFunction,
+        iterables: Any,
+        style: Literal["one", "star", "full"],
+        options: Mapping[str, Any],
+    ) -> Run[Any]:
+        """Start calls of a function that is packed already. For the blocking face."""
         settings, host = self._opened()
         if options:
             settings = settings.updated(options, only_calls=True)
-        function = host.packer.pack(fn, kwargs)
         sequences = as_sequences(iterables)
         pool = host.pool(settings.pool, _choose_backend(settings.pool))
         run: Run[Any] = Run(
@@ -511,6 +534,7 @@ class _Host:
         self.packer = FunctionPacker()
         self._pools: dict[tuple[Any, ...], WorkerPool] = {}
         self._token = os.urandom(32)
+        self._pid = os.getpid()
         self._closing = asyncio.Event()
         self._ready = asyncio.Event()
         self._group: anyio.abc.TaskGroup | None = None
@@ -559,6 +583,11 @@ class _Host:
             raise self._crash
         if self._group is None:
             raise ExecutorClosedError("this executor is closed")
+        if os.getpid() != self._pid:
+            raise ExecutorClosedError(
+                f"this executor belongs to process {self._pid}, which this one was forked from: "
+                "make a new one here"
+            )
 
     def pool(self, settings: PoolSettings, backend: Backend) -> WorkerPool:
         """Return the pool of a shape; open it if there is none."""
@@ -571,6 +600,10 @@ class _Host:
         else:
             _check_shared(pool.settings, settings)
         return pool
+
+    def runs(self) -> list[Run[Any]]:
+        """Return the runs of all pools that have not ended."""
+        return [run for pool in self._pools.values() for run in pool.runs]
 
     async def drain(self) -> None:
         """Wait for the runs that were started. Input that was not pulled yet is dropped."""

@@ -121,18 +121,29 @@ class Backups:
         check_number("backups.max_share", self.max_share, least=0.0, most=1.0)
 
 
-class CommonCallOptions(TypedDict, total=False):
-    """``CallOptions`` without the one that changes what a run gives."""
+class RunOptions(TypedDict, total=False):
+    """Call options that mean the same on both faces."""
 
     ordered: bool
-    max_in_flight: int | None
-    chunksize: int | Literal["auto"]
     retries: Retry | int | None
-    timeout: float | None
     deadline: float | None
     isolation: Literal["worker", "call"]
     backups: Backups | bool | None
     name: str | None
+
+
+class BlockingCallOptions(RunOptions, total=False):
+    """Options of ``map`` and ``starmap`` of the blocking face, beside those it names itself."""
+
+    return_exceptions: bool
+
+
+class CommonCallOptions(RunOptions, total=False):
+    """``CallOptions`` without the one that changes what a run gives."""
+
+    max_in_flight: int | None
+    chunksize: int | Literal["auto"]
+    timeout: float | None
 
 
 class CallOptions(CommonCallOptions, total=False):

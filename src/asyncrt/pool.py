@@ -39,7 +39,7 @@ from asyncrt.events import Lost, Sent, Started
 from asyncrt.events import Requeued as RequeuedEntry
 from asyncrt.link import Link
 from asyncrt.options import PoolSettings
-from asyncrt.queues import Chunk
+from asyncrt.queues import Chunk, Pace
 from asyncrt.results import (
     Outcomes,
     Part,
@@ -61,6 +61,7 @@ _HOLD_SECONDS: Final = 0.05
 _MAX_START_FAILURES: Final = 3
 _RESTART_SECONDS: Final = 0.1
 _SAY_SECONDS: Final = 5.0
+_MAX_PACES: Final = 128
 
 
 class WorkerPool:
@@ -77,6 +78,7 @@ class WorkerPool:
         self._dispatcher = Dispatcher(draw=_draws())
         self._runs: dict[str, Run[Any]] = {}
         self._functions: Counter[str] = Counter()
+        self._paces: dict[str, Pace] = {}
         self._links: dict[str, Link] = {}
         self._starting = 0
         self._draining: set[str] = set()
@@ -166,11 +168,20 @@ class WorkerPool:
             raise self._failed
         self._runs[run.id] = run
         self._functions[run.function.name] += 1
+        run.queue.pace = self._pace(run.function.name)
         self._dispatcher.add_run(run.queue)
         if run.settings.deadline is not None:
             self._deadlines[run.id] = self._loop.call_at(run.settings.deadline, run.expire)
         if self._group is not None:
             self._start_feed(run)
+
+    def _pace(self, function: str) -> Pace:
+        """Return what is known of a function; forget the one that was used longest ago."""
+        pace = self._paces.pop(function, None) or Pace()
+        self._paces[function] = pace
+        if len(self._paces) > _MAX_PACES:
+            del self._paces[next(iter(self._paces))]
+        return pace
 
     def _start_feed(self, run: Run[Any]) -> None:
         if run.feed is not None and self._group is not None:
@@ -386,6 +397,8 @@ class WorkerPool:
         index = chunk.indexes[header["position"]]
         at = header["time"] + link.clock_offset
         run.log.append(Started(at, (index,), chunk.attempt, link.name))
+        if run.listener is not None:
+            run.listener.on_started(index)
         self._act(self._dispatcher.started(chunk, header["position"], at=at, now=self._now()))
 
     def _on_log(self, header: dict[str, Any], body: Buffer) -> None:

@@ -38,6 +38,19 @@ class Chunk:
 
 
 @dataclass(slots=True, eq=False)
+class Pace:
+    """What was learned about the calls of a function, in all runs of a pool.
+
+    Attributes:
+        seconds: What a call takes, smoothed; ``None`` before the first has ended.
+        call_bytes: What a call's arguments take, smoothed.
+    """
+
+    seconds: float | None = None
+    call_bytes: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
 class RunQueue:
     """The calls of one run that are not settled, and what was learned about them.
 
@@ -48,8 +61,8 @@ class RunQueue:
         next_index: The first call that was never sent.
         total: Calls in all; ``None`` while that is not known.
         returned: Calls to send again: indexes and attempt.
-        seconds: What a call takes, smoothed; ``None`` before the first has ended.
-        call_bytes: What a call's arguments take, smoothed.
+        pace: What is known of its function.
+        queued: Whether it is among the runs that have something to send.
         stragglers: What decides on second copies; ``None``: there are none.
         settled: Calls that have an outcome; counted for ``stragglers``.
         copies: The second copies that are out, with their calls' first ones, by index.
@@ -69,8 +82,8 @@ class RunQueue:
     losses: dict[int, int] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     waiting: int = 0
-    seconds: float | None = None
-    call_bytes: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+    queued: bool = False
     last_size: int = 1
     over: bool = False
     stragglers: Stragglers | None = None

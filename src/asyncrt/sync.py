@@ -535,7 +535,10 @@ class Executor(concurrent.futures.Executor):
 
     def _cancel_queued(self) -> None:
         for run in self._thread.executor.unfinished():
-            run.cancel_queued()
+            if isinstance(run.listener, Future):
+                run.listener.cancel()
+            else:
+                run.cancel_queued()
 
 
 class _View(Executor):

@@ -18,10 +18,11 @@ from typing import Final
 
 import cloudpickle
 
-_LIGHT_MODULES: Final = ("__init__.py", "errors.py", "inside.py")
+_LIGHT_MODULES: Final = ("__init__.py", "errors.py", "inside.py", "placeholder.py")
 _UNCHECKED: Final = 0b01  # bytecode valid by hash, not checked
 _ONLY_BYTECODE: Final = (
     "asyncrt/inside.py",
+    "asyncrt/placeholder.py",
     "asyncrt/worker/child.py",
     "asyncrt/worker/payload.py",
 )

@@ -151,6 +151,7 @@ class Executor:
         Raises:
             TypeError: Not a function that can run elsewhere.
             SerializationError: The function cannot be pickled. (Of arguments the call tells it.)
+            ModulesError: A module that it needs cannot travel.
             ExecutorClosedError: The executor is not open.
         """
         run: Run[Any] = self._start(fn, [[(args, kwargs)]], "full", {}, {})
@@ -231,6 +232,7 @@ class Executor:
         Raises:
             TypeError: Not a function that can run elsewhere, or not an iterable.
             SerializationError: The function or ``kwargs`` cannot be pickled.
+            ModulesError: A module that the function needs cannot travel.
             ConfigError: An unknown option or a bad value.
             ExecutorClosedError: The executor is not open.
         """
@@ -343,7 +345,7 @@ class Executor:
         settings, host = self._opened()
         if options:
             settings = settings.updated(options, only_calls=True)
-        function = host.packer.pack(fn, kwargs)
+        function = host.packer.pack(fn, kwargs, settings.call)
         sequences = as_sequences(iterables)
         pool = host.pool(settings.pool, _choose_backend(settings.pool))
         run: Run[Any] = Run(

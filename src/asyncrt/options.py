@@ -9,7 +9,7 @@ the environment.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal, TypedDict, get_type_hints
 
@@ -17,6 +17,7 @@ from asyncrt.checks import (
     check_bool,
     check_choice,
     check_count,
+    check_module_names,
     check_no_credentials,
     check_seconds,
     check_text,
@@ -25,7 +26,7 @@ from asyncrt.checks import (
     nearest,
 )
 from asyncrt.errors import ConfigError
-from asyncrt.quantities import parse_cpu, parse_memory
+from asyncrt.quantities import parse_cpu, parse_memory, parse_size
 
 BACKENDS: Final = ("local", "docker", "k8s")
 
@@ -98,6 +99,9 @@ class CommonCallOptions(TypedDict, total=False):
     deadline: float | None
     isolation: Literal["worker", "call"]
     name: str | None
+    include_modules: Sequence[str]
+    exclude_modules: Sequence[str]
+    modules_limit: str | int
 
 
 class CallOptions(CommonCallOptions, total=False):
@@ -143,6 +147,9 @@ class CallSettings:
         isolation: ``"worker"``: a process runs one call after the other. ``"call"``: each call gets
             a process of its own.
         name: Shown in logs and in ``run.id``.
+        include_modules: Modules that travel with the function besides those that are found.
+        exclude_modules: Modules that never do, nor do their submodules. They win.
+        modules_limit_bytes: What all modules of a function may hold.
     """
 
     ordered: bool = True
@@ -154,6 +161,9 @@ class CallSettings:
     deadline: float | None = None
     isolation: Literal["worker", "call"] = "worker"
     name: str | None = None
+    include_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()
+    modules_limit_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         for name in ("ordered", "return_exceptions"):
@@ -181,6 +191,9 @@ class CallSettings:
             )
         check_choice("isolation", self.isolation, ("worker", "call"))
         check_text("name", self.name, optional=True)
+        for name in ("include_modules", "exclude_modules"):
+            check_module_names(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +301,7 @@ _QUANTITIES: Final[Mapping[str, tuple[str, Callable[..., int]]]] = {
     "cpu": ("cpu_millicores", parse_cpu),
     "memory": ("memory_bytes", parse_memory),
     "recycle_memory": ("recycle_memory_bytes", parse_memory),
+    "modules_limit": ("modules_limit_bytes", parse_size),
 }
 
 
@@ -310,13 +324,15 @@ class Settings:
         """
         check_names(options, only_calls=only_calls)
         pool: dict[str, Any] = {}
+        call: dict[str, Any] = {}
         for name, value in options.items():
+            target = call if name in CALL_OPTIONS else pool
             if name in _QUANTITIES:
                 field_name, parse = _QUANTITIES[name]
-                pool[field_name] = None if value is None else parse(value, key=name)
-            elif name in POOL_OPTIONS:
-                pool[name] = value
-        call = {name: value for name, value in options.items() if name in CALL_OPTIONS}
+                optional = value is None and target is pool
+                target[field_name] = None if optional else parse(value, key=name)
+            else:
+                target[name] = value
         return Settings(
             replace(self.pool, **pool) if pool else self.pool,
             replace(self.call, **call) if call else self.call,

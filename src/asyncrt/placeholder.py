@@ -8,9 +8,7 @@ from typing import Any
 class Placeholder(type):
     """A class that serves in imports and annotations, and tells what is missing otherwise."""
 
-    def __new__(
-        cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]
-    ) -> Placeholder:
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Placeholder:
         if bases:
             raise _missing(bases[0].__name__)
         return super().__new__(cls, name, (), {**namespace, "__module__": "asyncrt"})

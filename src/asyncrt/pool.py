@@ -38,7 +38,7 @@ from asyncrt.events import Finished, Lost, Sent, Started
 from asyncrt.events import Requeued as RequeuedEntry
 from asyncrt.link import Link
 from asyncrt.options import PoolSettings
-from asyncrt.results import Outcomes, Part, annotate, facts_of, load_outcomes
+from asyncrt.results import Outcomes, Part, annotate, explain, facts_of, load_outcomes
 from asyncrt.run import Run
 from asyncrt.serialize import pack_arguments
 from asyncrt.worker.protocol import Buffer, Frame, Kind, byte_length
@@ -153,7 +153,8 @@ class WorkerPool:
         if self._failed is not None:
             raise self._failed
         self._runs[run.id] = run
-        self._functions[run.function.name] += 1
+        for name in _contents(run):
+            self._functions[name] += 1
         self._dispatcher.add_run(run.queue)
         if run.settings.deadline is not None:
             self._deadlines[run.id] = self._loop.call_at(run.settings.deadline, run.expire)
@@ -202,9 +203,10 @@ class WorkerPool:
 
     def _remove(self, run: Run[Any]) -> None:
         if self._runs.pop(run.id, None) is not None:
-            self._functions[run.function.name] -= 1
-            if not self._functions[run.function.name]:
-                del self._functions[run.function.name]
+            for name in _contents(run):
+                self._functions[name] -= 1
+                if not self._functions[name]:
+                    del self._functions[name]
             if run.queue.chunks:
                 self._leaving[run.id] = run
             if run.id in self._deadlines:
@@ -340,7 +342,7 @@ class WorkerPool:
             link.send(Kind.DRAIN, {})
 
     def needs_function(self, name: str) -> bool:
-        """Whether a run that has not ended uses a function."""
+        """Whether a run that has not ended uses a function, or a unit of modules."""
         return name in self._functions
 
     def on_frame(self, link: Link, frame: Frame) -> None:
@@ -414,6 +416,7 @@ class WorkerPool:
         if run is not None:
             for position, (error, trace) in errors.items():
                 index = chunk.indexes[position]
+                explain(error, run.function.modules)
                 annotate(error, trace, run.logs_of(index), facts_of(chunk, position, link.name))
         news, actions = self._dispatcher.finished(
             chunk,
@@ -582,6 +585,11 @@ class WorkerPool:
         if delay:
             return self._loop.call_later(delay, callback)
         return self._loop.call_soon(callback)
+
+
+def _contents(run: Run[Any]) -> list[str]:
+    """Return the content hashes of what a worker needs for a run."""
+    return [run.function.name, *(unit.hash for unit in run.function.modules)]
 
 
 def _draws() -> Iterator[float]:

@@ -67,6 +67,26 @@ def parse_memory(value: str | float, *, key: str = "memory") -> int:
     return size_bytes
 
 
+def parse_size(value: str | float, *, key: str) -> int:
+    """Return a quantity of bytes.
+
+    Args:
+        value: ``"64Mi"``, ``"1G"``, or a number of bytes.
+        key: Name to use in errors.
+
+    Raises:
+        ConfigError: Not a quantity, or under one byte.
+    """
+    size_bytes = int(_parse(value, key=key, example="'64Mi'"))
+    if size_bytes < 1:
+        raise ConfigError(
+            f"{key}={value!r} is less than one byte",
+            key=key,
+            expected="a quantity such as '64Mi'",
+        )
+    return size_bytes
+
+
 def parse_cpu(value: str | float, *, key: str = "cpu") -> int:
     """Return a CPU quantity in millicores: ``0.5``, ``"0.5"`` and ``"500m"`` are 500.
 

@@ -19,8 +19,8 @@ class WorkerSettings(NamedTuple):
         echo: Whether to write what calls print to the worker's own output, too.
         sys_path: Entries for ``sys.path`` of the children.
         remove: Files, then directories, to remove at the end.
-        modules: Directory for modules that travel, made when needed and removed at the end; empty: a
-            new one under the system's for temporary files.
+        modules: Directory for modules that travel, made when needed and removed at the end; empty:
+            a new one among the system's temporary files.
     """
 
     token: bytes

@@ -114,8 +114,10 @@ class TravellingModules:
     def _roots(self, fn: Callable[..., Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:
         names: set[str] = set()
         if type(fn) is types.FunctionType:
-            names.add(fn.__module__)
-            if fn.__module__ == "__main__":
+            home: Any = fn.__module__
+            if isinstance(home, str):
+                names.add(home)
+            if home == "__main__" or home not in sys.modules:  # it travels by value
                 package = fn.__globals__.get("__package__") or ""
                 names.update(self._names_in(fn.__code__, package))
             if not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__ or fixed):

@@ -29,6 +29,7 @@ from asyncrt.backends.cgroup import MemoryGroup, make_memory_group
 from asyncrt.errors import ConfigError, WorkerStartError
 from asyncrt.options import PoolSettings
 from asyncrt.pack import pack_worker
+from asyncrt.worker.modules import remove
 from asyncrt.worker.protocol import Buffer
 from asyncrt.worker.settings import WorkerSettings
 
@@ -109,7 +110,6 @@ class LocalPool:
         """Start a subprocess. It can be connected to at once: its socket exists already."""
         number = next(self._numbers)
         path = self._directory / f"{number}.sock"
-        modules = self._directory / f"{number}.modules"
         sys_path = sys.path if self._sys_path is None else self._sys_path
         group = make_memory_group(self._settings.memory_bytes, f"{self._directory.name}-{number}")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -131,7 +131,7 @@ class LocalPool:
                 lifeline=True,
                 echo=False,
                 sys_path=tuple(entry or str(Path.cwd()) for entry in sys_path),
-                modules=str(modules),
+                modules=str(path.with_suffix(".modules")),
                 remove=(str(path), str(self._program), str(self._directory)),
             )
             process = await self._start_process(listener.fileno(), settings, group)
@@ -248,6 +248,7 @@ class LocalWorker:
         if self._group is not None:
             self._group.remove()
         self._path.unlink(missing_ok=True)
+        remove(str(self._path.with_suffix(".modules")))  # if its server was killed as well
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
         self._exit.set_result(
             WorkerExit(

@@ -6,8 +6,8 @@ Read from code objects: CPython 3.11 fails when two threads build syntax trees a
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
-import importlib.util
 import os
 import site
 import sys
@@ -316,9 +316,10 @@ def _is_under(path: str, directories: Sequence[str]) -> bool:
     return any(path == outer or path.startswith(outer + os.sep) for outer in directories)
 
 
-def _library_directories() -> list[str]:
+@functools.cache
+def _library_directories() -> tuple[str, ...]:
     """Return where the standard library, installed packages and installed scripts are."""
     names = ("stdlib", "platstdlib", "purelib", "platlib", "scripts")
     found = [sysconfig.get_path(name) for name in names]
     found += [os.path.dirname(os.__file__), site.getusersitepackages(), *site.getsitepackages()]
-    return [*{path for found_path in found for path in (found_path, os.path.realpath(found_path))}]
+    return tuple({*found, *map(os.path.realpath, found)})

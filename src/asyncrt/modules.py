@@ -122,9 +122,12 @@ class TravellingModules:
                 names.update(self._names_in(fn.__code__, package))
             if not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__ or fixed):
                 return tuple(names) if len(names) == 1 else tuple(sorted(names))
+        elif type(fn) is types.BuiltinFunctionType and fn.__module__ == "builtins" and not fixed:
+            return ()
         budget = [_MOST_VALUES]
         _add_modules_of(fn, names, budget, 0)
-        _add_modules_of(dict(fixed), names, budget, 0)
+        if fixed:
+            _add_modules_of(fixed, names, budget, 0)
         return tuple(sorted(names))
 
     def _main_roots(self) -> Sequence[str]:

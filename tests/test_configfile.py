@@ -372,6 +372,9 @@ def test_every_option_can_be_in_the_file(load: Load) -> None:
         "isolation": "call",
         "backups": "true",
         "name": "night",
+        "include_modules": "[yaml, app.plugins]",
+        "exclude_modules": "[]",
+        "modules_limit": "128Mi",
     }
     assert set(written) == (CALL_OPTIONS | POOL_OPTIONS) - {"deadline"}
     lines = [f"  {key}: {value}" for key, value in written.items()]
@@ -381,6 +384,8 @@ def test_every_option_can_be_in_the_file(load: Load) -> None:
     assert settings.pool.idle_timeout is None
     assert settings.call.retries == Retry(attempts=3)
     assert (settings.call.chunksize, settings.call.isolation) == (3, "call")
+    assert settings.call.include_modules == ("yaml", "app.plugins")
+    assert (settings.call.exclude_modules, settings.call.modules_limit_bytes) == ((), 2**27)
 
 
 def test_relative_paths_belong_to_the_directory_of_the_file(tmp_path: Path) -> None:
@@ -419,6 +424,9 @@ def test_relative_paths_belong_to_the_directory_of_the_file(tmp_path: Path) -> N
         ("ASYNCRT_NAME", "5", "5"),
         ("ASYNCRT_BACKEND", "local", "local"),
         ("ASYNCRT_ENV", '{"A": "1"}', {"A": "1"}),
+        ("ASYNCRT_INCLUDE_MODULES", "yaml, app.plugins,", ["yaml", "app.plugins"]),
+        ("ASYNCRT_EXCLUDE_MODULES", "scratch", ["scratch"]),
+        ("ASYNCRT_MODULES_LIMIT", "1Gi", "1Gi"),
     ],
 )
 def test_variable_is_read_by_the_type_of_its_option(

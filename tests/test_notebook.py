@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -78,3 +79,35 @@ async def test_an_interrupted_cell_cancels_its_run_only(notebook: Notebook) -> N
         assert "cancelled" in await notebook.run("print(run.state)")
         await notebook.run("await executor.aclose()")
         assert psutil.Process(pid).children(recursive=True) == []
+
+
+async def test_a_local_module_travels_and_travels_again_when_it_is_reloaded(
+    notebook: Notebook, tmp_path: Path
+) -> None:
+    (tmp_path / "beside.py").write_text("VERSION = 'first'\n")
+    async with notebook.client.async_setup_kernel(cwd=str(tmp_path)):
+        await notebook.run(
+            "import sys, asyncrt\n"
+            "from asyncrt.backends.local import LocalBackend\n"
+            "sys.dont_write_bytecode = True\n"
+            f"others = [p for p in sys.path if p and {str(tmp_path)!r} not in p]\n"
+            "backend = LocalBackend(sys_path=others)\n"
+            "executor = await asyncrt.connect(backend=backend, max_workers=1)"
+        )
+        await notebook.run(
+            "def ask(_):\n    import beside\n"
+            "    return beside.VERSION, '.modules/' in beside.__file__"
+        )
+        map_cell = "print(await executor.map(ask, range(2)))"
+        assert await notebook.run(map_cell) == "[('first', True), ('first', True)]\n"
+        await notebook.run("import beside, importlib\ndef short(_): return beside.VERSION")
+        assert await notebook.run("print(await executor.submit(short, 0))") == "first\n"
+        (tmp_path / "beside.py").write_text("VERSION = 'the second'\n")
+        await notebook.run("importlib.reload(beside)")
+        assert await notebook.run(map_cell) == "[('the second', True), ('the second', True)]\n"
+        assert await notebook.run("print(await executor.submit(short, 0))") == "the second\n"
+        (tmp_path / "late.py").write_text("import beside\nclass Late:\n    size = 7\n")
+        await notebook.run("from late import Late")
+        late = "print(await executor.map(lambda late: late.size, [Late()]))"
+        assert await notebook.run(late) == "[7]\n"
+        await notebook.run("await executor.aclose()")

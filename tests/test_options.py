@@ -345,6 +345,12 @@ def test_retry_refuses_wrong_values(options: dict[str, Any], problem: str) -> No
         ({"deadline": "soon"}, "deadline must be a value of anyio.current_time()"),
         ({"isolation": "calls"}, "did you mean 'call'?"),
         ({"name": ""}, "name must be a text"),
+        ({"include_modules": "yaml"}, "did you mean ['yaml']?"),
+        ({"include_modules": {"yaml": 1}}, "include_modules must be a list of modules'"),
+        ({"exclude_modules": ["app/tests"]}, "and 'app/tests' is none"),
+        ({"exclude_modules": [3]}, "and 3 is none"),
+        ({"modules_limit": None}, "modules_limit must be a quantity such as '64Mi'"),
+        ({"modules_limit": 0}, "modules_limit=0 is less than one byte"),
         ({"backend": "k9s"}, "did you mean 'k8s'?"),
         (
             {"backend": 5},
@@ -392,6 +398,9 @@ def test_every_option_can_be_set() -> None:
         "isolation": "call",
         "backups": Backups(quantile=0.5),
         "name": "thumbs",
+        "include_modules": ["yaml"],
+        "exclude_modules": ("app.tests", "scratch"),
+        "modules_limit": "1Gi",
         "backend": backend,
         "runtime": "python:3.12-slim",
         "cpu": "500m",
@@ -412,11 +421,17 @@ def test_every_option_can_be_set() -> None:
     }
     assert set(options) == CALL_OPTIONS | POOL_OPTIONS
     settings = Settings().updated(options)
-    quantities = {"cpu_millicores": 500, "memory_bytes": 256 * MIB, "recycle_memory_bytes": 2**27}
-    quantities["spill_limit_bytes"] = 2**30
-    for name, value in {**options, **quantities}.items():
-        if name not in {"cpu", "memory", "recycle_memory", "spill_limit"}:
-            part = settings.call if name in CALL_OPTIONS else settings.pool
+    given = {
+        "cpu_millicores": 500,
+        "memory_bytes": 256 * MIB,
+        "recycle_memory_bytes": 2**27,
+        "spill_limit_bytes": 2**30,
+        "modules_limit_bytes": 2**30,
+        "include_modules": ("yaml",),
+    }
+    for name, value in {**options, **given}.items():
+        if name not in {"cpu", "memory", "recycle_memory", "spill_limit", "modules_limit"}:
+            part = settings.call if hasattr(settings.call, name) else settings.pool
             assert getattr(part, name) == value
 
 
@@ -522,6 +537,7 @@ def test_defaults_are_those_of_settings_without_options() -> None:
         for item in fields(part)
     }
     for name, value in defaults.items():
-        if name not in {"cpu", "memory", "recycle_memory", "spill_limit"}:
+        if name not in {"cpu", "memory", "recycle_memory", "spill_limit", "modules_limit"}:
             assert parts[name] == value
     assert (defaults["cpu"], defaults["memory"], defaults["recycle_memory"]) == (None, None, None)
+    assert defaults["modules_limit"] == 64 * MIB

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import marshal
 import subprocess
 import sys
+import types
 import zipfile
+from collections.abc import Iterator
 from importlib.util import source_hash
 from pathlib import Path
 
@@ -82,7 +85,7 @@ def test_it_holds_only_what_may_travel(program: Path) -> None:
         assert archive.testzip() is None
     package = Path(asyncrt.__file__).parent
     worker = {f"asyncrt/worker/{path.stem}" for path in (package / "worker").glob("*.py")}
-    light = {f"asyncrt/{name}" for name in ("__init__", "errors", "inside")}
+    light = {f"asyncrt/{name}" for name in ("__init__", "errors", "inside", "placeholder")}
     modules = {name.rpartition(".")[0] for name in names}
     assert {name for name in modules if name.startswith("asyncrt/")} == worker | light
     others = {name for name in modules if not name.startswith("asyncrt/")}
@@ -94,7 +97,7 @@ def test_it_holds_only_what_may_travel(program: Path) -> None:
 def test_what_travels_imports_nothing_but_the_standard_library_and_itself() -> None:
     allowed = sys.stdlib_module_names | {"asyncrt", "cloudpickle"}
     package = Path(asyncrt.__file__).parent
-    light = [package / f"{name}.py" for name in ("errors", "inside")]
+    light = [package / f"{name}.py" for name in ("errors", "inside", "placeholder")]
     for path in [*light, *(package / "worker").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             found: set[str] = set()
@@ -133,14 +136,56 @@ def test_errors_and_current_call_work_where_only_the_zipapp_is(program: Path) ->
     assert where.split() == [asyncrt.__version__, f"{program}/asyncrt/__init__.pyc"]
 
 
-@pytest.mark.parametrize("name", ["Executor", "Run", "Retry", "connect", "load_config"])
-def test_the_clients_names_say_that_the_client_is_not_installed(program: Path, name: str) -> None:
-    for statement in (f"import asyncrt; asyncrt.{name}", f"from asyncrt import {name}"):
-        done = run_on(program, statement)
-        assert done.returncode == 1
-        last = done.stderr.strip().splitlines()[-1]
-        assert last.startswith("ImportError: "), last
-        assert f"asyncrt.{name} belongs to the client, which is not installed" in last
+CLIENT_NAMES = ["Executor", "Run", "Retry", "connect", "load_config"]
+
+
+def test_the_clients_names_can_be_imported_and_annotated_with(program: Path) -> None:
+    done = run_on(
+        program,
+        f"from asyncrt import {', '.join(CLIENT_NAMES)}\n"
+        "import asyncrt, inspect\n"
+        "def use(run: Run[int], executor: Executor | None = None) -> asyncrt.Retry: ...\n"
+        "assert inspect.signature(use).parameters['run'].annotation is Run\n"
+        "assert not isinstance(3, Executor)\n"
+        "assert repr(Run) == \"<class 'asyncrt.Run'>\"",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", CLIENT_NAMES)
+@pytest.mark.parametrize("use", ["{}()", "{}.open", "class Own({}): pass"])
+def test_the_clients_names_say_that_the_client_is_not_installed(
+    program: Path, name: str, use: str
+) -> None:
+    done = run_on(program, f"from asyncrt import {name}\n{use.format(name)}")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: "), last
+    assert f"asyncrt.{name} belongs to the client, which is not installed" in last
+
+
+def code_in(value: types.CodeType) -> Iterator[types.CodeType]:
+    yield value
+    for constant in value.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from code_in(constant)
+
+
+def test_its_bytecode_knows_every_line_and_no_column(program: Path) -> None:
+    with zipfile.ZipFile(program) as archive:
+        for name in archive.namelist():
+            if not (name.startswith("asyncrt/") and name.endswith(".pyc")):
+                continue
+            source = Path(asyncrt.__file__).parent.parent / name[:-1]
+            compiled = compile(
+                source.read_bytes(), str(source), "exec", dont_inherit=True, optimize=2
+            )
+            packed = marshal.loads(archive.read(name)[16:])
+            for mine, its in zip(code_in(packed), code_in(compiled), strict=True):
+                assert [*mine.co_lines()] == [*its.co_lines()], (name, mine)
+                assert {(columns[2], columns[3]) for columns in mine.co_positions()} <= {
+                    (None, None)
+                }
 
 
 def test_an_unknown_name_is_an_attribute_error_there_too(program: Path) -> None:

@@ -6,7 +6,8 @@ Example:
     assert squares[9] == 81
 
 Names are loaded when they are first used: ``import asyncrt`` costs a few milliseconds, and inside a
-call, where the client is not installed, the part that travels with the worker still works.
+call, where the client is not installed, the part that travels with the worker still works. The
+other names can be imported there, too, and fail when they are used.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         ConfigError,
         ExecutorClosedError,
         InitializerError,
+        ModulesError,
         NestedExecutorError,
         OutOfMemoryError,
         ProtocolError,
@@ -71,6 +73,7 @@ _HOMES = {
     "ExecutorClosedError": "errors",
     "InitializerError": "errors",
     "NestedExecutorError": "errors",
+    "ModulesError": "errors",
     "OutOfMemoryError": "errors",
     "ProtocolError": "errors",
     "RemoteError": "errors",
@@ -102,6 +105,7 @@ __all__ = [
     "Failure",
     "InitializerError",
     "NestedExecutorError",
+    "ModulesError",
     "OutOfMemoryError",
     "ProtocolError",
     "RemoteError",
@@ -132,10 +136,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("asyncrt."):
             raise
-        raise ImportError(
-            f"asyncrt.{name} belongs to the client, which is not installed in this image: only "
-            "errors and current_call travel with the worker"
-        ) from error
+        from asyncrt.placeholder import Placeholder  # noqa: PLC0415 - needed in such images only
+
+        value = Placeholder(name, (), {})
     globals()[name] = value
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, cast
 
 from asyncrt.errors import ConfigError
@@ -87,6 +87,25 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
             expected=" | ".join(choices),
             suggestion=near,
         )
+
+
+def check_module_names(name: str, value: object) -> None:
+    """Refuse all but lists of dotted names.
+
+    Raises:
+        ConfigError: It is something else, such as a single text.
+    """
+    expected = "a list of modules' dotted names"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        hint = f"; did you mean [{value!r}]?" if isinstance(value, str) else ""
+        raise ConfigError(
+            f"{name} must be {expected}, not {value!r}{hint}", key=name, expected=expected
+        )
+    for item in value:
+        if not isinstance(item, str) or not all(part.isidentifier() for part in item.split(".")):
+            raise ConfigError(
+                f"{name} must be {expected}, and {item!r} is none", key=name, expected=expected
+            )
 
 
 def check_count(

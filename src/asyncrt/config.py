@@ -357,6 +357,8 @@ def _readable(name: str, value: Any) -> Any:
         return {key: "***" if name == "env" else item for key, item in value.items()}
     if isinstance(value, Retry):
         return value.attempts
+    if isinstance(value, list | tuple):
+        return list(value)
     if value is None or isinstance(value, str | int | float):
         return value
     return str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from asyncrt.configkeys import Origin, accepts, no_deadline, unknown_variable, valid_keys
@@ -73,6 +73,8 @@ def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
                 return kind(text)
             except ValueError:
                 continue
+    if Sequence in kinds:
+        return [item.strip() for item in text.split(",") if item.strip()]
     if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
         try:
             return json.loads(text)

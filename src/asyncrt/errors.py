@@ -12,6 +12,7 @@ parses a message, and every error survives pickle.
     ├── WorkerStartError                    no worker could be started
     │   └── StartTimeoutError (TimeoutError)  ... within ``start_timeout``
     ├── RuntimeMismatchError                client and worker cannot exchange pickles
+    ├── ModulesError                        a local module that the function needs cannot travel
     ├── RunCancelledError                   the run was cancelled before this call ended
     ├── RunDeadlineError (TimeoutError)     the run was not done at its ``deadline``
     └── CallError                           one call failed, the others are not touched
@@ -136,6 +137,24 @@ class RuntimeMismatchError(AsyncrtError):
         self.worker = worker
 
 
+class ModulesError(AsyncrtError):
+    """A module that the function needs cannot travel to the workers.
+
+    Attributes:
+        module: Its dotted name; empty if it is about several.
+        paths: The files that it is about.
+        limit_bytes: The size that was exceeded; 0 if it is not about size.
+    """
+
+    def __init__(
+        self, message: str, *, module: str = "", paths: tuple[str, ...] = (), limit_bytes: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.module = module
+        self.paths = paths
+        self.limit_bytes = limit_bytes
+
+
 class RunCancelledError(AsyncrtError):
     """The run, or this call of it, was cancelled before it ended."""
 
@@ -233,11 +252,13 @@ class SerializationError(CallError, TypeError):
 
     Attributes:
         path: Where the culprit sits, for example ``args[0].session``; empty if not found.
+        module: The module that could not be imported on the other side; empty if it is not that.
     """
 
-    def __init__(self, message: str, *, path: str = "", **facts: Any) -> None:
+    def __init__(self, message: str, *, path: str = "", module: str = "", **facts: Any) -> None:
         super().__init__(message, **facts)
         self.path = path
+        self.module = module
 
 
 class WorkerCrashedError(CallError):

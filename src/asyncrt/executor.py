@@ -28,7 +28,6 @@ from asyncrt.options import (
     ExecutorOptions,
     PoolSettings,
     Settings,
-    check_names,
 )
 from asyncrt.pool import WorkerPool
 from asyncrt.run import Run
@@ -119,9 +118,8 @@ class Executor:
             )
         if self._host is not None:
             raise ExecutorClosedError("this executor was opened before: make a new one")
-        settings = await anyio.to_thread.run_sync(self._resolve)
+        settings = await anyio.to_thread.run_sync(self.resolve)
         backend = _choose_backend(settings.pool)
-        self._settings = settings
         self._host = _Host()
         try:
             await self._host.start()
@@ -132,14 +130,17 @@ class Executor:
                 await self._host.close()
             raise
 
-    def _resolve(self) -> Settings:
-        """Lay the options over environment and file. Reads files: not in the event loop."""
+    def resolve(self) -> Settings:
+        """Lay the options over environment and file, once. Reads files: not in the event loop."""
+        if self._settings is not None:
+            return self._settings
         from asyncrt.config import Config, load_config  # noqa: PLC0415 - the home of yaml
 
         config = self._config
         if not isinstance(config, Config):
             config = load_config(config)
-        return config.settings(self._options)
+        self._settings = config.settings(self._options)
+        return self._settings
 
     async def _close(self, *, cancel: bool) -> None:
         host = self._host
@@ -174,6 +175,7 @@ class Executor:
         Raises:
             TypeError: Not a function that can run elsewhere.
             SerializationError: The function cannot be pickled. (Of arguments the call tells it.)
+            ModulesError: A module that it needs cannot travel.
             ExecutorClosedError: The executor is not open.
         """
         run: Run[Any] = self._start(fn, [[(args, kwargs)]], "full", {}, {})
@@ -254,6 +256,7 @@ class Executor:
         Raises:
             TypeError: Not a function that can run elsewhere, or not an iterable.
             SerializationError: The function or ``kwargs`` cannot be pickled.
+            ModulesError: A module that the function needs cannot travel.
             ConfigError: An unknown option or a bad value.
             ExecutorClosedError: The executor is not open.
         """
@@ -396,8 +399,8 @@ class Executor:
         check_count("fan_in", fan_in, optional=True, least=2)
         check_number("spawn_reducer", spawn_reducer, least=0.0, most=1.0)
         settings, host = self._opened()
-        host.packer.pack(reduce_fn, {})  # what is wrong with it is told before anything starts
         mine = settings.updated(options, only_calls=True)
+        host.packer.pack(reduce_fn, {}, mine.call)  # what is wrong is told before anything starts
         reducer = self._view(
             replace(mine, call=mine.call.of_single_calls(f"reduce-{label_of(reduce_fn)}"))
         )
@@ -460,10 +463,11 @@ class Executor:
         kwargs: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> Run[Any]:
-        _, host = self._opened()
+        settings, host = self._opened()
         if options:
-            check_names(options, only_calls=True)
-        return self.start_packed(host.packer.pack(fn, kwargs), iterables, style, options)
+            settings = settings.updated(options, only_calls=True)
+        function = host.packer.pack(fn, kwargs, settings.call)
+        return self._begin(function, iterables, style, settings)
 
     def start_packed(
         self,
@@ -473,9 +477,19 @@ class Executor:
         options: Mapping[str, Any],
     ) -> Run[Any]:
         """Start calls of a function that is packed already. For the blocking face."""
-        settings, host = self._opened()
+        settings, _ = self._opened()
         if options:
             settings = settings.updated(options, only_calls=True)
+        return self._begin(function, iterables, style, settings)
+
+    def _begin(
+        self,
+        function: PackedFunction,
+        iterables: Any,
+        style: Literal["one", "star", "full"],
+        settings: Settings,
+    ) -> Run[Any]:
+        _, host = self._opened()
         sequences = as_sequences(iterables)
         pool = host.pool(settings.pool, _choose_backend(settings.pool))
         run: Run[Any] = Run(

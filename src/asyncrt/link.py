@@ -43,7 +43,7 @@ class LinkOwner(Protocol):
         """The worker said something."""
 
     def needs_function(self, name: str) -> bool:
-        """Whether a function may still be called."""
+        """Whether a function may still be called, or one that needs a unit of modules."""
 
 
 class Link:
@@ -217,10 +217,24 @@ class Link:
         self.send(Kind.CALLS, header, body)
 
     def send_function(self, function: PackedFunction) -> None:
-        """Send a function if the worker has not got it; let it forget old ones."""
-        if function.name in self._functions:
-            self._functions.move_to_end(function.name)
-            return
+        """Send a function and its modules, if the worker has not got them; let it forget others."""
+        for unit in function.modules:
+            if not self._has(unit.hash):
+                self._send_once({"function": unit.hash, "unit": unit.name}, unit.segments)
+        if not self._has(function.name):
+            header: dict[str, Any] = {"function": function.name}
+            if function.modules:
+                header["modules"] = {unit.name: unit.hash for unit in function.modules}
+            self._send_once(header, function.segments)
+
+    def _has(self, name: str) -> bool:
+        """Whether the worker has a function or a unit, which is in use then."""
+        if name not in self._functions:
+            return False
+        self._functions.move_to_end(name)
+        return True
+
+    def _send_once(self, header: dict[str, Any], body: Sequence[Buffer]) -> None:
         forget: list[str] = []
         while len(self._functions) >= _MAX_FUNCTIONS:
             oldest = next(iter(self._functions))
@@ -228,11 +242,10 @@ class Link:
                 break
             del self._functions[oldest]
             forget.append(oldest)
-        self._functions[function.name] = None
-        header: dict[str, Any] = {"function": function.name}
+        self._functions[header["function"]] = None
         if forget:
             header["forget"] = forget
-        self.send(Kind.FUNCTION, header, function.segments)
+        self.send(Kind.FUNCTION, header, body)
 
     def _pump_soon(self) -> None:
         """Write the first frame of a turn of the loop at once, the rest together at its end."""

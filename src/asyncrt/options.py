@@ -9,7 +9,7 @@ the environment.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal, TypedDict, get_type_hints
 
@@ -17,6 +17,7 @@ from asyncrt.checks import (
     check_bool,
     check_choice,
     check_count,
+    check_module_names,
     check_no_credentials,
     check_number,
     check_seconds,
@@ -130,6 +131,9 @@ class RunOptions(TypedDict, total=False):
     isolation: Literal["worker", "call"]
     backups: Backups | bool | None
     name: str | None
+    include_modules: Sequence[str]
+    exclude_modules: Sequence[str]
+    modules_limit: str | int
 
 
 class BlockingCallOptions(RunOptions, total=False):
@@ -192,6 +196,9 @@ class CallSettings:
             a process of its own.
         backups: When a straggler is started a second time; ``True`` means ``Backups()``.
         name: Shown in logs and in ``run.id``.
+        include_modules: Modules that travel with the function besides those that are found.
+        exclude_modules: Modules that never do, nor do their submodules. They win.
+        modules_limit_bytes: What all modules of a function may hold.
     """
 
     ordered: bool = True
@@ -204,6 +211,9 @@ class CallSettings:
     isolation: Literal["worker", "call"] = "worker"
     backups: Backups | None = None
     name: str | None = None
+    include_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()
+    modules_limit_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         for name in ("ordered", "return_exceptions"):
@@ -240,14 +250,19 @@ class CallSettings:
                 expected="asyncrt.Backups(...) or true or false",
             )
         check_text("name", self.name, optional=True)
+        for name in ("include_modules", "exclude_modules"):
+            check_module_names(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def of_single_calls(self, name: str) -> CallSettings:
         """Return what of these holds for calls that are made one by one."""
-        return CallSettings(
-            retries=self.retries,
-            timeout=self.timeout,
-            deadline=self.deadline,
-            isolation=self.isolation,
+        return replace(
+            self,
+            ordered=True,
+            return_exceptions=False,
+            max_in_flight=None,
+            chunksize="auto",
+            backups=None,
             name=name,
         )
 
@@ -365,6 +380,7 @@ _QUANTITIES: Final[Mapping[str, tuple[str, Callable[..., int]]]] = {
     "memory": ("memory_bytes", parse_memory),
     "recycle_memory": ("recycle_memory_bytes", parse_memory),
     "spill_limit": ("spill_limit_bytes", parse_size),
+    "modules_limit": ("modules_limit_bytes", parse_size),
 }
 
 
@@ -387,13 +403,15 @@ class Settings:
         """
         check_names(options, only_calls=only_calls)
         pool: dict[str, Any] = {}
+        call: dict[str, Any] = {}
         for name, value in options.items():
+            target = call if name in CALL_OPTIONS else pool
             if name in _QUANTITIES:
                 field_name, parse = _QUANTITIES[name]
-                pool[field_name] = None if value is None else parse(value, key=name)
-            elif name in POOL_OPTIONS:
-                pool[name] = value
-        call = {name: value for name, value in options.items() if name in CALL_OPTIONS}
+                optional = value is None and target is pool
+                target[field_name] = None if optional else parse(value, key=name)
+            else:
+                target[name] = value
         return Settings(
             replace(self.pool, **pool) if pool else self.pool,
             replace(self.call, **call) if call else self.call,

@@ -44,6 +44,7 @@ from asyncrt.results import (
     Outcomes,
     Part,
     annotate,
+    explain,
     facts_of,
     finished_entry,
     load_outcomes,
@@ -167,7 +168,8 @@ class WorkerPool:
         if self._failed is not None:
             raise self._failed
         self._runs[run.id] = run
-        self._functions[run.function.name] += 1
+        for name in _contents(run):
+            self._functions[name] += 1
         run.queue.pace = self._pace(run.function.name)
         self._dispatcher.add_run(run.queue)
         if run.settings.deadline is not None:
@@ -225,9 +227,10 @@ class WorkerPool:
 
     def _remove(self, run: Run[Any]) -> None:
         if self._runs.pop(run.id, None) is not None:
-            self._functions[run.function.name] -= 1
-            if not self._functions[run.function.name]:
-                del self._functions[run.function.name]
+            for name in _contents(run):
+                self._functions[name] -= 1
+                if not self._functions[name]:
+                    del self._functions[name]
             if run.queue.chunks:
                 self._leaving[run.id] = run
             if run.id in self._deadlines:
@@ -364,7 +367,7 @@ class WorkerPool:
             link.send(Kind.DRAIN, {})
 
     def needs_function(self, name: str) -> bool:
-        """Whether a run that has not ended uses a function."""
+        """Whether a run that has not ended uses a function, or a unit of modules."""
         return name in self._functions
 
     def on_frame(self, link: Link, frame: Frame) -> None:
@@ -450,6 +453,7 @@ class WorkerPool:
         if run is not None:
             for position, (error, trace) in errors.items():
                 index = chunk.indexes[position]
+                explain(error, run.function.modules)
                 annotate(error, trace, run.logs.of(index), facts_of(chunk, position, link.name))
         news, actions = self._dispatcher.finished(
             chunk,
@@ -596,6 +600,11 @@ class WorkerPool:
         if delay:
             return self._loop.call_later(delay, callback)
         return self._loop.call_soon(callback)
+
+
+def _contents(run: Run[Any]) -> list[str]:
+    """Return the content hashes of what a worker needs for a run."""
+    return [run.function.name, *(unit.hash for unit in run.function.modules)]
 
 
 def _draws() -> Iterator[float]:

@@ -36,19 +36,6 @@ _LARGEST_MEMORY_BYTES: Final = 2**63 - 1
 _MOST_CPUS: Final = 100_000
 
 
-def parse_size(value: str | float, *, key: str) -> int:
-    """Return a quantity of bytes.
-
-    Args:
-        value: ``"256Mi"``, ``"1G"``, or a number of bytes.
-        key: Name to use in errors.
-
-    Raises:
-        ConfigError: Not a quantity.
-    """
-    return int(_parse(value, key=key, example="'256Mi'"))
-
-
 def parse_memory(value: str | float, *, key: str = "memory") -> int:
     """Return a memory quantity in bytes.
 
@@ -60,7 +47,7 @@ def parse_memory(value: str | float, *, key: str = "memory") -> int:
         ConfigError: Not a quantity, or under 4 MiB, where no Python starts (a number of bytes that
             was meant as MiB).
     """
-    size_bytes = parse_size(value, key=key)
+    size_bytes = int(_parse(value, key=key, example="'256Mi'"))
     if size_bytes < _SMALLEST_MEMORY_BYTES:
         digits = re.match("[0-9]+", str(value).strip())
         meant = f"{int(digits[0])}Mi" if digits and 4 <= int(digits[0]) < 2**20 else "256Mi"
@@ -76,6 +63,26 @@ def parse_memory(value: str | float, *, key: str = "memory") -> int:
             f"{key}={value!r} is more than a quantity can hold (8 EiB)",
             key=key,
             expected="a quantity such as '256Mi'",
+        )
+    return size_bytes
+
+
+def parse_size(value: str | float, *, key: str) -> int:
+    """Return a quantity of bytes.
+
+    Args:
+        value: ``"64Mi"``, ``"1G"``, or a number of bytes.
+        key: Name to use in errors.
+
+    Raises:
+        ConfigError: Not a quantity, or under one byte.
+    """
+    size_bytes = int(_parse(value, key=key, example="'64Mi'"))
+    if size_bytes < 1:
+        raise ConfigError(
+            f"{key}={value!r} is less than one byte",
+            key=key,
+            expected="a quantity such as '64Mi'",
         )
     return size_bytes
 

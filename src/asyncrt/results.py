@@ -14,9 +14,11 @@ from typing import Any, Final, TypeAlias
 from asyncrt.actions import Action, Failed, Retried
 from asyncrt.errors import SerializationError
 from asyncrt.events import Finished
+from asyncrt.modules import explain_import
 from asyncrt.queues import Chunk
 from asyncrt.serialize import build_failure, load_error
 from asyncrt.spill import Deferred
+from asyncrt.units import Unit
 from asyncrt.worker.payload import decode
 from asyncrt.worker.protocol import Buffer
 from asyncrt.worker.records import Outcome, iterate_records
@@ -154,6 +156,19 @@ def annotate(error: Exception, trace: str, printed: str, facts: dict[str, Any]) 
     if last:
         lines += ["", f"Its last {len(last)} lines of output:", *last]
     error.add_note("\n".join(lines))
+
+
+def explain(error: Exception, modules: Sequence[Unit]) -> None:
+    """Say in an error of an import what to do, if that is known.
+
+    Args:
+        modules: What travelled with the function.
+    """
+    hint = explain_import(error, modules)
+    if hint and isinstance(error, SerializationError):
+        error.args = (f"{error}; {hint}",)
+    elif hint:
+        error.add_note(f"asyncrt: {hint}")
 
 
 def _load(packed: memoryview) -> Any:

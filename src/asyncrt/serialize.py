@@ -22,6 +22,9 @@ from asyncrt.errors import (
     RemoteError,
     SerializationError,
 )
+from asyncrt.modules import TravellingModules
+from asyncrt.options import CallSettings
+from asyncrt.units import Unit
 from asyncrt.worker.payload import encode
 from asyncrt.worker.protocol import Buffer, byte_length
 from asyncrt.worker.records import LENGTH, unpack_raised
@@ -38,11 +41,13 @@ class PackedFunction:
         name: Content hash, under which a worker keeps it.
         segments: The payload.
         label: The function's own name, for people.
+        modules: The local modules that it needs.
     """
 
     name: str
     segments: Sequence[Buffer]
     label: str
+    modules: tuple[Unit, ...] = ()
 
 
 def check_function(fn: Any) -> None:
@@ -87,14 +92,25 @@ class FunctionPacker:
         self._packed: weakref.WeakKeyDictionary[
             types.FunctionType, tuple[types.CodeType, PackedFunction]
         ] = weakref.WeakKeyDictionary()
+        self._modules = TravellingModules()
 
-    def pack(self, fn: Callable[..., Any], fixed: Mapping[str, Any]) -> PackedFunction:
-        """Return a function as it travels. See ``pack_function``."""
+    def pack(
+        self,
+        fn: Callable[..., Any],
+        fixed: Mapping[str, Any],
+        settings: CallSettings = CallSettings(),
+    ) -> PackedFunction:
+        """Return a function as it travels, with the modules that it needs. See ``pack_function``.
+
+        Raises:
+            ModulesError: A module that it needs cannot travel.
+        """
+        modules = self._modules.find(fn, fixed, settings)
         if fixed or not isinstance(fn, types.FunctionType) or not _is_only_code(fn):
-            return pack_function(fn, fixed)
+            return pack_function(fn, fixed, modules)
         known = self._packed.get(fn)
-        if known is None or known[0] is not fn.__code__:
-            known = self._packed[fn] = fn.__code__, pack_function(fn, fixed)
+        if known is None or known[0] is not fn.__code__ or known[1].modules is not modules:
+            known = self._packed[fn] = fn.__code__, pack_function(fn, fixed, modules)
         return known[1]
 
 
@@ -110,7 +126,9 @@ def _is_only_code(fn: types.FunctionType) -> bool:
     )
 
 
-def pack_function(fn: Callable[..., Any], fixed: Mapping[str, Any]) -> PackedFunction:
+def pack_function(
+    fn: Callable[..., Any], fixed: Mapping[str, Any], modules: tuple[Unit, ...] = ()
+) -> PackedFunction:
     """Pickle a function, by value where a worker could not import it.
 
     Raises:
@@ -125,7 +143,9 @@ def pack_function(fn: Callable[..., Any], fixed: Mapping[str, Any]) -> PackedFun
     digest = hashlib.blake2b(digest_size=16)
     for segment in segments:
         digest.update(segment)
-    return PackedFunction(digest.hexdigest(), segments, label_of(fn))
+    for unit in modules:
+        digest.update(unit.hash.encode())
+    return PackedFunction(digest.hexdigest(), segments, label_of(fn), modules)
 
 
 def pack_arguments(arguments: Any, base: int) -> list[Buffer]:

@@ -36,7 +36,13 @@ from asyncrt.errors import (
 from asyncrt.executor import Executor as AsyncExecutor
 from asyncrt.inside import Initialized
 from asyncrt.loopthread import LoopThread
-from asyncrt.options import BlockingCallOptions, CallOptions, ExecutorOptions, Settings
+from asyncrt.options import (
+    BlockingCallOptions,
+    CallOptions,
+    CallSettings,
+    ExecutorOptions,
+    Settings,
+)
 from asyncrt.serialize import FunctionPacker, check_function, label_of
 from asyncrt.spill import Deferred
 
@@ -336,7 +342,7 @@ class Executor(concurrent.futures.Executor):
             ExecutorClosedError: After ``shutdown``, at the exit of the interpreter, or in a process
                 that was forked. It is a ``RuntimeError``.
         """
-        function = self._pack(fn, {})
+        function = self._pack(fn, {}, {})
         future: Future[R] = Future(self._thread)
         self._post(
             functools.partial(
@@ -486,10 +492,13 @@ class Executor(concurrent.futures.Executor):
         if options:
             Settings().updated(options, only_calls=True)
 
-    def _pack(self, fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> PackedFunction:
-        self._check({})
+    def _pack(
+        self, fn: Callable[..., Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> PackedFunction:
+        self._check(options)
         check_function(fn)
-        return self._state.pack(fn, kwargs)
+        settings = self._state.settings(self._thread, {**self._overrides, **options})
+        return self._state.pack(fn, kwargs, settings.call)
 
     def _post(self, action: Callable[[], None]) -> None:
         if not self._thread.post(action):
@@ -517,8 +526,7 @@ class Executor(concurrent.futures.Executor):
         options: dict[str, Any],
     ) -> Iterator[R]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._check(options)
-        function = self._pack(fn, kwargs)
+        function = self._pack(fn, kwargs, options)
         lazy = options.get("max_in_flight") is not None
         taken = iter(inputs) if lazy else list(inputs)
         tolerant = options.pop("return_exceptions", False)
@@ -568,14 +576,23 @@ class _State:
         self._lock = threading.Lock()
         self._initializer = initializer
         self._initargs = initargs
+        self._settings: Settings | None = None
         self._key = f"{id(self):x}-{time.monotonic_ns():x}"
 
-    def pack(self, fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> PackedFunction:
+    def settings(self, thread: LoopThread, options: Mapping[str, Any]) -> Settings:
+        """Return what holds with options laid over those of the executor."""
+        if self._settings is None:
+            self._settings = thread.executor.resolve()
+        return self._settings.updated(options) if options else self._settings
+
+    def pack(
+        self, fn: Callable[..., Any], kwargs: Mapping[str, Any], settings: CallSettings
+    ) -> PackedFunction:
         """Return a function as it travels."""
         if self._initializer is not None:
             fn = Initialized(fn, label_of(fn), self._key, self._initializer, self._initargs)
         with self._lock:
-            return self._packer.pack(fn, kwargs)
+            return self._packer.pack(fn, kwargs, settings)
 
 
 def _view(thread: LoopThread, overrides: dict[str, Any]) -> AsyncExecutor:

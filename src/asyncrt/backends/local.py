@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from asyncrt.backends.cgroup import MemoryGroup, make_memory_group
 from asyncrt.errors import ConfigError, WorkerStartError
 from asyncrt.options import PoolSettings
 from asyncrt.pack import pack_worker
+from asyncrt.worker.modules import remove
 from asyncrt.worker.protocol import Buffer
 from asyncrt.worker.settings import WorkerSettings
 
@@ -47,12 +49,15 @@ class LocalBackend:
     Args:
         spawn: How workers make the processes that run calls: ``"fork"``, or ``"exec"`` where a fork
             is unsafe; ``None`` chooses by the platform.
+        sys_path: Where workers look for modules that do not travel; ``None``: where this process
+            does. Another value shows what a function needs on machines that are not this one.
     """
 
     name = "local"
 
-    def __init__(self, *, spawn: str | None = None) -> None:
+    def __init__(self, *, spawn: str | None = None, sys_path: Sequence[str] | None = None) -> None:
         self._spawn = spawn or ("exec" if sys.platform == "darwin" else "fork")
+        self._sys_path = sys_path
 
     @asynccontextmanager
     async def open_pool(self, settings: PoolSettings, *, token: bytes) -> AsyncIterator[LocalPool]:
@@ -65,7 +70,7 @@ class LocalBackend:
             )
         directory = Path(tempfile.mkdtemp(prefix="asyncrt-", dir=_short_directory()))
         program = directory / "worker.pyz"
-        pool = LocalPool(settings, token, directory, program, self._spawn)
+        pool = LocalPool(settings, token, directory, program, self._spawn, self._sys_path)
         try:
             await anyio.to_thread.run_sync(lambda: program.write_bytes(pack_worker()))
             yield pool
@@ -79,13 +84,20 @@ class LocalPool:
     """The workers of one executor on this machine."""
 
     def __init__(
-        self, settings: PoolSettings, token: bytes, directory: Path, program: Path, spawn: str
+        self,
+        settings: PoolSettings,
+        token: bytes,
+        directory: Path,
+        program: Path,
+        spawn: str,
+        sys_path: Sequence[str] | None,
     ) -> None:
         self._settings = settings
         self._token = token
         self._directory = directory
         self._program = program
         self._spawn = spawn
+        self._sys_path = sys_path
         self._numbers = itertools.count(1)
         self._workers: set[LocalWorker] = set()
 
@@ -98,6 +110,7 @@ class LocalPool:
         """Start a subprocess. It can be connected to at once: its socket exists already."""
         number = next(self._numbers)
         path = self._directory / f"{number}.sock"
+        sys_path = sys.path if self._sys_path is None else self._sys_path
         group = make_memory_group(self._settings.memory_bytes, f"{self._directory.name}-{number}")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -117,7 +130,8 @@ class LocalPool:
                 spawn=self._spawn,
                 lifeline=True,
                 echo=False,
-                sys_path=tuple(entry or str(Path.cwd()) for entry in sys.path),
+                sys_path=tuple(entry or str(Path.cwd()) for entry in sys_path),
+                modules=str(path.with_suffix(".modules")),
                 remove=(str(path), str(self._program), str(self._directory)),
             )
             process = await self._start_process(listener.fileno(), settings, group)
@@ -234,6 +248,7 @@ class LocalWorker:
         if self._group is not None:
             self._group.remove()
         self._path.unlink(missing_ok=True)
+        remove(str(self._path.with_suffix(".modules")))  # if its server was killed as well
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
         self._exit.set_result(
             WorkerExit(
@@ -359,10 +374,8 @@ class _SocketStream:
 
 def _remove(program: Path, directory: Path) -> None:
     program.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a worker that was killed has left its socket
-        for path in directory.iterdir():
-            path.unlink()
-        directory.rmdir()
+    with contextlib.suppress(OSError):  # a worker that was killed has left its socket and modules
+        shutil.rmtree(directory)
 
 
 def available_cpus() -> int:

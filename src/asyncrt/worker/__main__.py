@@ -11,11 +11,15 @@ import json
 import os
 import socket
 import sys
+import tempfile
+
+import asyncrt
 
 
 def serve(source: str) -> int:
     """Be a worker until told to end, or until no client comes any more; return the exit code."""
-    from asyncrt.worker.parent import Parent  # noqa: PLC0415 - a child needs none of it
+    from asyncrt.worker.modules import remove  # noqa: PLC0415 - a child needs none of it
+    from asyncrt.worker.parent import Parent  # noqa: PLC0415
     from asyncrt.worker.settings import WorkerSettings  # noqa: PLC0415
 
     if source == "-":
@@ -28,6 +32,9 @@ def serve(source: str) -> int:
     os.dup2(nothing, 0)
     os.close(nothing)
     sys.path[1:] = settings.sys_path or sys.path[1:]
+    find_client()
+    if not settings.modules:
+        settings = settings._replace(modules=_new_directory())
     if settings.listen_fd >= 0:
         listener = socket.socket(fileno=settings.listen_fd)
         os.set_inheritable(settings.listen_fd, False)
@@ -36,12 +43,30 @@ def serve(source: str) -> int:
     try:
         return Parent(settings, listener).run(lifeline=lifeline)
     finally:
+        remove(settings.modules)  # the server did, if it could
         for path in settings.remove:
             with contextlib.suppress(OSError):
                 if os.path.isdir(path):
                     os.rmdir(path)  # the last worker of a pool succeeds
                 else:
                     os.unlink(path)
+
+
+def find_client() -> None:
+    """Let ``import asyncrt.executor`` work where this version of asyncrt is installed as well."""
+    for entry in sys.path[1:]:
+        package = os.path.join(entry, "asyncrt")
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(package, "__init__.py"), encoding="utf-8") as file:
+                installed = f'__version__ = "{asyncrt.__version__}"' in file.read()
+            if installed:
+                asyncrt.__path__.append(package)
+                return
+
+
+def _new_directory() -> str:
+    """Return a path that nobody can guess; whoever needs the directory makes it."""
+    return os.path.join(tempfile.gettempdir(), f"asyncrt-modules-{os.urandom(8).hex()}")
 
 
 def _read_line(fd: int) -> bytes:
@@ -58,6 +83,7 @@ def child(arguments: list[str]) -> None:
 
     control, tokens, board = (int(number) for number in arguments[:3])
     sys.path[1:] = json.loads(arguments[4])
+    find_client()
     status = 1
     try:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -28,12 +28,13 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 from asyncrt.errors import SerializationError
 from asyncrt.inside import seat
 from asyncrt.worker.channel import Channel, SharedMemory
+from asyncrt.worker.modules import install
 from asyncrt.worker.payload import decode, encode
 from asyncrt.worker.protocol import Buffer, Frame, Kind, byte_length
 from asyncrt.worker.records import LENGTH, RECORD, Outcome, pack_raised
@@ -49,6 +50,7 @@ _LARGE_RECORD_BYTES: Final = 1 << 16
 _Loaded = tuple[Callable[..., Any], dict[str, Any]]
 _COUNT: Final = struct.Struct("<Q")
 _START: Final = struct.Struct("<d")
+_NOTHING: Final[Mapping[str, str]] = {}
 
 
 class Child:
@@ -60,6 +62,8 @@ class Child:
         self._board = board
         self._streams: tuple[LogStream, ...] = ()
         self._packed: dict[str, Buffer] = {}
+        self._units: dict[str, Mapping[str, str]] = {}  # of functions, see worker.modules
+        self._packed_units: dict[str, Buffer] = {}
         self._loaded: dict[str, _Loaded] = {}
         self._at = BOARD_START
         self._unsent = 0
@@ -81,6 +85,7 @@ class Child:
         """Drop functions that the client will not use again."""
         for name in names:
             self._packed.pop(name, None)
+            self._units.pop(name, None)
             self._loaded.pop(name, None)
 
     def serve(self) -> None:
@@ -96,10 +101,19 @@ class Child:
                     continue
                 frame, _ = received.pop(0)
                 if kind == Kind.FUNCTION:
-                    self.forget(frame.header["forget"])
-                    self._packed[frame.header["function"]] = frame.body
+                    self._take(frame.header, frame.body)
                 elif kind == Kind.QUIT:
                     return
+                del frame
+
+    def _take(self, header: dict[str, Any], body: Buffer) -> None:
+        """Take a function, or a unit of modules that one needs."""
+        if "unit" in header:
+            self._packed_units[header["unit"]] = body
+            return
+        self.forget(header["forget"])
+        self._packed[header["function"]] = body
+        self._units[header["function"]] = header.get("units", _NOTHING)
 
     def _run_chunk(self, frame: Frame) -> None:
         chunk = frame.header
@@ -151,10 +165,12 @@ class Child:
         loaded = self._loaded.get(name)
         if loaded is None:
             try:
-                loaded = self._loaded[name] = load_function(self._packed[name])
+                loaded = self._loaded[name] = load_function(
+                    self._packed[name], self._units[name], self._packed_units
+                )
             except SerializationError as error:
                 return describe_error(error)
-            del self._packed[name]
+            del self._packed[name], self._units[name]
         return loaded
 
     def _write(self, started: float, outcome: int, segments: list[Buffer]) -> None:
@@ -245,13 +261,22 @@ def _run_call(
         return Outcome.RAISED, [describe_error(reason)]
 
 
-def load_function(packed: Buffer) -> _Loaded:
+def load_function(
+    packed: Buffer,
+    units: Mapping[str, str] = _NOTHING,
+    packed_units: MutableMapping[str, Buffer] | None = None,
+) -> _Loaded:
     """Return the function and the keyword arguments that all its calls share.
+
+    Args:
+        units: Directories of the units that it needs, see ``asyncrt.worker.modules``.
+        packed_units: Those that may not be unpacked yet. They are taken out.
 
     Raises:
         SerializationError: It cannot be loaded here, with the reason.
     """
     try:
+        install(units, {} if packed_units is None else packed_units)
         view = memoryview(packed)
         function, fixed = decode(view, 0, view.nbytes)
     except BaseException as error:
@@ -270,7 +295,9 @@ def dump_result(value: Any, *, base: int = 0) -> list[Buffer]:
 
 
 def _explained(what: str, error: BaseException) -> SerializationError:
-    return SerializationError(f"{what}: {_type_name(type(error))}: {_text(error)}")
+    text = f"{what}: {_type_name(type(error))}: {_text(error)}"
+    module = error.name if isinstance(error, ImportError) else None
+    return SerializationError(text, module=module or "")
 
 
 def describe_error(error: BaseException) -> bytes:

@@ -17,6 +17,7 @@ from asyncrt.errors import ProtocolError
 from asyncrt.worker.channel import Channel
 from asyncrt.worker.connection import Connection
 from asyncrt.worker.memory import MemoryWatch
+from asyncrt.worker.modules import Library, conflict
 from asyncrt.worker.protocol import Buffer, Frame, Kind
 from asyncrt.worker.servers import Servers
 from asyncrt.worker.settings import WorkerSettings
@@ -43,7 +44,7 @@ class Parent:
         self._stalled: set[Any] = set()  # connections and channels whose buffer is full
         self._memory = MemoryWatch(settings.memory_bytes, enforced=settings.memory_enforced)
         self._queue: deque[Chunk] = deque()
-        self._functions: dict[str, Buffer] = {}
+        self._library = Library(settings.modules)
         self._cancelled_early: OrderedDict[int, Any] = OrderedDict()
         self._unacknowledged: OrderedDict[int, tuple[int, dict[str, Any], list[Buffer]]]
         self._unacknowledged = OrderedDict()
@@ -56,6 +57,7 @@ class Parent:
         ]
         self._servers = Servers(
             spawn=settings.spawn,
+            modules=settings.modules,
             watch=self._watch,
             unwatch=self._unwatch,
             on_frame=self._on_server,
@@ -259,8 +261,7 @@ class Parent:
         known = [number for chunk in held for number in chunk.ids]
         for _, report, _ in self._unacknowledged.values():
             known += [part[0] for part in report["parts"]]
-        functions = list(self._functions)
-        self._send(Kind.RESUME, {"chunks": known, "functions": functions})
+        self._send(Kind.RESUME, {"chunks": known, "functions": self._library.names})
         for kind, again, body in self._unacknowledged.values():
             self._send(kind, again, body)
         for note, text in self._logs:
@@ -289,9 +290,9 @@ class Parent:
     # -- calls ------------------------------------------------------------------------------------
 
     def _on_function(self, header: dict[str, Any], body: Buffer) -> None:
-        self._functions[header["function"]] = body
+        self._library.add(header, body)
         for name in header.get("forget", ()):
-            self._functions.pop(name, None)
+            self._library.forget(name)
             for slot in self._slots:
                 slot.forget(name)
 
@@ -315,25 +316,45 @@ class Parent:
             return
         for slot in self._slots:
             if slot.ready:
-                chunk = self._next_chunk()
-                if chunk is None:
+                position = self._next_position()
+                if position is None:
                     return
                 # A child that has just died: its exit, which is on its way, settles the chunk.
                 with contextlib.suppress(OSError):
-                    slot.begin(chunk, self._functions[chunk.function], now=self._now)
+                    self._begin(slot, position)
 
-    def _next_chunk(self) -> Chunk | None:
-        """Take the first chunk whose function has arrived."""
+    def _next_position(self) -> int | None:
+        """Return where the first chunk is whose function has arrived."""
         for position, chunk in enumerate(self._queue):
-            if chunk.function in self._functions:
-                del self._queue[position]
-                share = -(-(len(self._queue) - position) // len(self._slots))
-                for _ in range(share):
-                    if not chunk.merge(self._queue[position]):
-                        break
-                    del self._queue[position]
-                return chunk
+            if self._library.has(chunk.function):
+                return position
         return None
+
+    def _begin(self, slot: Slot, position: int) -> None:
+        """Give a slot a waiting chunk, with what its function needs and the child has not got."""
+        function = self._queue[position].function
+        if slot.has(function):
+            slot.begin(self._take(position), None, now=self._now)
+            return
+        units = self._library.directories(function)
+        if conflict(slot.units, units):  # it has imported another version of a module
+            slot.last_function = None  # nor may the next child come from a template that has
+            slot.retire()
+            return
+        packed = self._library.packed_units(function)
+        chunk = self._take(position)
+        slot.begin(chunk, self._library.get(function), now=self._now, units=units, packed=packed)
+
+    def _take(self, position: int) -> Chunk:
+        """Take a chunk from the queue, together with small ones behind it."""
+        chunk = self._queue[position]
+        del self._queue[position]
+        share = -(-(len(self._queue) - position) // len(self._slots))
+        for _ in range(share):
+            if not chunk.merge(self._queue[position]):
+                break
+            del self._queue[position]
+        return chunk
 
     def _deliver(
         self, chunk: Chunk, first: int, count: int, records: Sequence[Buffer], done: bool
@@ -448,11 +469,12 @@ class Parent:
         last = slot.last_function
         server = self._servers.choose(
             last,
-            self._functions.get(last) if last is not None else None,
+            self._library.get(last) if last is not None else None,
+            self._library.directories(last),
             lambda channel: any(other.server is channel for other in self._slots),
         )
         try:
-            slot.spawn(server)
+            slot.spawn(server.channel, server.units)
         except OSError:
             slot.close()  # that the server is gone is noticed where its channel is read
             return

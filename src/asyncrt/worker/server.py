@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from asyncrt.errors import SerializationError
 from asyncrt.worker.channel import Channel, SharedMemory, close_descriptors
+from asyncrt.worker.modules import remove
 from asyncrt.worker.protocol import Frame, Kind
 
 _PR_SET_PDEATHSIG = 1
@@ -154,7 +155,8 @@ class Server:
             self._leave_server()
             from asyncrt.worker.child import load_function  # noqa: PLC0415 - after the fork server started
 
-            loaded = {**self._loaded, function: load_function(frame.body)}
+            units = frame.header["units"]
+            loaded = {**self._loaded, function: load_function(frame.body, units)}
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             server = Server(Channel(socket.socket(fileno=control)), spawn="fork", loaded=loaded)
             server.serve()
@@ -192,8 +194,10 @@ def run_child_on(control: int, tokens: int, board: int, mark: str, loaded: dict[
     run_child(Channel(sock), tokens, memory, mark=mark, loaded=loaded)
 
 
-def run_server(sock: socket.socket, *, spawn: str) -> None:
-    """Be the server until the parent hangs up.
+def run_server(sock: socket.socket, *, spawn: str, modules: str) -> None:
+    """Be the server until the parent hangs up; then remove the directory of modules.
+
+    The parent removes it, too, but the parent can be killed.
 
     The imports are here, since the parent forks this process from itself and never needs them.
     """
@@ -207,7 +211,10 @@ def run_server(sock: socket.socket, *, spawn: str) -> None:
     if sys.platform.startswith("linux"):
         import ctypes  # noqa: F401, PLC0415 - for each child, see _become_victim
     gc.freeze()  # a collection in a child would copy every page that it shares with this process
-    Server(Channel(sock), spawn=spawn).serve()
+    try:
+        Server(Channel(sock), spawn=spawn).serve()
+    finally:
+        remove(modules)
 
 
 def kill_group(pid: int, number: int = signal.SIGKILL) -> None:

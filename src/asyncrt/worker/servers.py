@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncrt.worker.channel import Channel
@@ -15,15 +15,23 @@ from asyncrt.worker.protocol import Buffer, Frame, Kind
 from asyncrt.worker.server import run_server
 
 _END_SECONDS: Final = 2.0
+_NOTHING: Final[Mapping[str, str]] = {}
 
 
 class ServerProcess:
     """A server, or a template that serves in its place and has a function loaded."""
 
-    def __init__(self, channel: Channel, pid: int, function: str | None = None) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        pid: int,
+        function: str | None = None,
+        units: Mapping[str, str] = _NOTHING,
+    ) -> None:
         self.channel = channel
         self.pid = pid
         self.function = function
+        self.units = units
         self.ready = False
 
 
@@ -32,6 +40,7 @@ class Servers:
 
     Args:
         spawn: ``"fork"`` or ``"exec"``, see ``WorkerSettings``.
+        modules: Directory that the server removes at its end.
         watch: Called with a server's channel and what to call when it is readable.
         unwatch: Called with a channel that is about to be closed.
         on_frame: Called with what a server says of its children.
@@ -42,12 +51,14 @@ class Servers:
         self,
         *,
         spawn: str,
+        modules: str,
         watch: Callable[[Any, Callable[[], Any]], None],
         unwatch: Callable[[Any], None],
         on_frame: Callable[[Frame], None],
         on_template_lost: Callable[[Channel], None],
     ) -> None:
         self._spawn = spawn
+        self._modules = modules
         self._watch = watch
         self._unwatch = unwatch
         self._on_frame = on_frame
@@ -80,30 +91,39 @@ class Servers:
             for fd in leave_fds:
                 os.close(fd)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            run_server(its, spawn=self._spawn)
+            run_server(its, spawn=self._spawn, modules=self._modules)
             status = 0
         finally:
             os._exit(status)
 
     def choose(
-        self, function: str | None, packed: Buffer | None, in_use: Callable[[Channel], bool]
-    ) -> Channel:
+        self,
+        function: str | None,
+        packed: Buffer | None,
+        units: Mapping[str, str],
+        in_use: Callable[[Channel], bool],
+    ) -> ServerProcess:
         """Return who forks the next child of a slot: a template that has its function, if any.
 
         Args:
             function: What the slot's last child ran; ``None`` if it is its first one.
             packed: That function, if it is still known.
+            units: Directories of the units that it needs: a child has unpacked them.
             in_use: Tells whether a slot's child was made by a server: it would die with it.
         """
         template = self._template
         if template is not None and template.ready and template.function == function:
-            return template.channel
+            return template
         if function is not None and packed is not None and function not in self._tried:
-            self._start_template(function, packed, in_use)
-        return self._server.channel
+            self._start_template(function, packed, units, in_use)
+        return self._server
 
     def _start_template(
-        self, function: str, packed: Buffer, in_use: Callable[[Channel], bool]
+        self,
+        function: str,
+        packed: Buffer,
+        units: Mapping[str, str],
+        in_use: Callable[[Channel], bool],
     ) -> None:
         """Let a copy of the server load a function, for the children that come after."""
         if self._spawn != "fork":
@@ -115,10 +135,9 @@ class Servers:
         self._tried.add(function)
         mine, its = socket.socketpair()
         with its, contextlib.suppress(OSError):
-            self._server.channel.send(
-                Kind.TEMPLATE, {"function": function}, [packed], [its.fileno()]
-            )
-        template = self._template = ServerProcess(Channel(mine), 0, function)
+            note = {"function": function, "units": units}
+            self._server.channel.send(Kind.TEMPLATE, note, [packed], [its.fileno()])
+        template = self._template = ServerProcess(Channel(mine), 0, function, units)
         self._watch(template.channel, lambda: self._on_readable(template))
 
     def _on_readable(self, server: ServerProcess) -> None:

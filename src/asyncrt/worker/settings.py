@@ -19,6 +19,8 @@ class WorkerSettings(NamedTuple):
         echo: Whether to write what calls print to the worker's own output, too.
         sys_path: Entries for ``sys.path`` of the children.
         remove: Files, then directories, to remove at the end.
+        modules: Directory for modules that travel, made when needed and removed at the end; empty:
+            a new one among the system's temporary files.
     """
 
     token: bytes
@@ -37,6 +39,7 @@ class WorkerSettings(NamedTuple):
     echo: bool = True
     sys_path: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
+    modules: str = ""
 
     def to_json(self) -> str:
         """Return the settings on one line."""

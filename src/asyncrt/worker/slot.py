@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncrt.errors import ProtocolError
@@ -24,6 +24,7 @@ _MERGED_BODIES: Final = 64
 _SAME: Final = ("run", "function", "attempt", "style", "timeout", "hold", "fresh")
 _TAIL_BYTES: Final = 4096
 _LOG_READ_BYTES: Final = 1 << 16
+_NOTHING: Final[Mapping[str, Any]] = {}
 
 
 class Chunk:
@@ -114,6 +115,7 @@ class Slot:
         self.generation = 0
         self.pid = 0
         self.server: Channel
+        self.units: dict[str, str] = {}  # that the child has, or will have: see worker.modules
         self.chunk: Chunk | None = None
         self.retiring = False
         self.held_bytes = 0
@@ -139,8 +141,11 @@ class Slot:
         """Whether it may be given a chunk."""
         return self._open and self.chunk is None and not self.retiring
 
-    def spawn(self, server: Channel) -> None:
+    def spawn(self, server: Channel, units: Mapping[str, str] = _NOTHING) -> None:
         """Ask a server for a child. It may be given work at once: its socket buffers that.
+
+        Args:
+            units: Directories of the units that the server has, by their modules' names.
 
         Raises:
             OSError: The server is gone.
@@ -152,6 +157,7 @@ class Slot:
         self.fresh_wanted = False
         self.held_bytes = 0
         self._verdict = None
+        self.units = dict(units)
         self._functions = set()
         self._forget = []
         self._log_indexes = {}
@@ -199,11 +205,25 @@ class Slot:
 
     # -- chunks -----------------------------------------------------------------------------------
 
-    def begin(self, chunk: Chunk, function: Buffer | None, *, now: float) -> None:
+    def has(self, function: str) -> bool:
+        """Whether the child was given a function."""
+        return function in self._functions
+
+    def begin(
+        self,
+        chunk: Chunk,
+        function: Buffer | None,
+        *,
+        now: float,
+        units: Mapping[str, str] = _NOTHING,
+        packed: Mapping[str, Buffer] = _NOTHING,
+    ) -> None:
         """Give the child a chunk.
 
         Args:
-            function: The packed function.
+            function: The packed function; not needed if the child has it.
+            units: Directories of the units that it needs, by their modules' names.
+            packed: Those of them that are not unpacked, by their directories.
         """
         self.chunk = chunk
         chunk.began = now
@@ -214,7 +234,10 @@ class Slot:
         self.tokens.offer(chunk.count)
         if chunk.function not in self._functions and function is not None:
             self._functions.add(chunk.function)
-            note = {"function": chunk.function, "forget": self._forget}
+            self.units |= units
+            for path, body in packed.items():
+                self.channel.send(Kind.FUNCTION, {"unit": path}, [body])
+            note = {"function": chunk.function, "forget": self._forget, "units": dict(units)}
             self._forget = []
             self.channel.send(Kind.FUNCTION, note, [function])
         self.channel.send(Kind.CALLS, chunk.header, chunk.bodies)

@@ -232,8 +232,8 @@ async def test_a_straggler_on_a_real_worker_is_overtaken_by_its_copy() -> None:
         dropped = [event for event in events if isinstance(event, CallCopyDropped)]
         assert [(event.index, event.error) for event in dropped] == [(7, None)]
         copies = [event for event in events if isinstance(event, CallSent) and event.index == 7]
-        assert [event.attempt for event in copies] == [1, 2]
-        assert copies[0].worker != copies[1].worker
+        assert sorted({event.attempt for event in copies}) == [1, 2]
+        assert copies[-2].worker != copies[-1].worker
         assert (run.stats.copies_dropped, run.stats.sent, run.stats.succeeded) == (1, 0, 12)
         assert run.calls[7].attempts == 2
         assert await executor.map(abs, range(-4, 4)) == [4, 3, 2, 1, 0, 1, 2, 3]

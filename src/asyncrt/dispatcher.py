@@ -30,6 +30,7 @@ from asyncrt.actions import (
 from asyncrt.errors import CallError, OutOfMemoryError, RunCancelledError, WorkerLostError
 from asyncrt.options import Retry
 from asyncrt.queues import Chunk, RunQueue, WorkerState
+from asyncrt.worker.tokens import MAX_CALLS
 
 MAX_LOSSES: Final = 3
 MAX_CHUNK_CALLS: Final = 4096
@@ -123,7 +124,7 @@ class Dispatcher:
             for position in range(len(chunk.settled)):
                 chunk.settled[position] = 1
             chunk.left = 0
-        run.returned.clear()
+        run.forget_returned()
         run.next_index = run.offered
         return actions + self._fill(now)
 
@@ -252,6 +253,10 @@ class Dispatcher:
                     actions += self._fail(chunk, chunk.indexes[position], error, now)
             news = [position for position in news if position not in failures]
         run.settled += len(news)
+        for tried in (run.failures, run.losses):
+            if tried:
+                for position in news:
+                    tried.pop(chunk.indexes[position], None)
         if run.copies:
             actions += self._supersede(chunk, news)
         worker = self._workers.get(chunk.worker)
@@ -285,7 +290,7 @@ class Dispatcher:
             _, _, run, index, attempt = heapq.heappop(self._delayed)
             run.waiting -= 1
             if not run.over and index not in run.cancelled:
-                run.returned.append(((index,), attempt))
+                run.give_back((index,), attempt)
                 self._queue(run)
         return self._fill(now)
 
@@ -357,7 +362,7 @@ class Dispatcher:
         losses = run.losses[index] = run.losses.get(index, 0) + 1
         attempt = losses + run.failures.get(index, 0) + run.copied.get(index, 0)
         if losses < MAX_LOSSES:
-            run.returned.append(((index,), attempt + 1))
+            run.give_back((index,), attempt + 1, alone=True)
             self._queue(run)
             return [Requeued(run, (index,), worker)]
         run.settled += 1
@@ -385,7 +390,7 @@ class Dispatcher:
             indexes = [index for index in indexes if index not in dropped]
         if indexes:
             run.last_size = 1  # something was slower than thought: begin with care
-            run.returned.appendleft((indexes, chunk.attempt))
+            run.give_back(indexes, chunk.attempt, first=True)
             self._queue(run)
             actions.append(Requeued(run, indexes, chunk.worker))
         return actions
@@ -459,10 +464,7 @@ class Dispatcher:
         while not indexes and run.has_ready:
             size = self._chunk_size(run)
             if run.returned:
-                indexes, attempt = run.returned.popleft()
-                if len(indexes) > size:
-                    run.returned.appendleft((indexes[size:], attempt))
-                    indexes = indexes[:size]
+                indexes, attempt = run.take_returned(size)
             else:
                 end = min(run.next_index + size, run.offered)
                 indexes, attempt = range(run.next_index, end), 1
@@ -489,7 +491,7 @@ class Dispatcher:
         if run.alone:
             return 1
         if run.chunksize is not None:
-            return run.chunksize
+            return min(run.chunksize, MAX_CALLS)
         if run.pace.seconds is None:
             return 1
         size = min(int(_TARGET_SECONDS / max(run.pace.seconds, 1e-6)), MAX_CHUNK_CALLS)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar, Unpack, overload
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from asyncrt.backends.local import LocalBackend
@@ -453,6 +454,11 @@ class Executor:
                 "this executor is not open: use 'async with', or 'await asyncrt.connect(...)'"
             )
         host.check()
+        if asyncio.get_running_loop() is not host.loop:
+            raise RuntimeError(
+                "this executor belongs to another event loop, in another thread: "
+                "use asyncrt.sync.Executor there"
+            )
         return settings, host
 
     def _start(
@@ -549,6 +555,7 @@ class _Host:
         self._pools: dict[tuple[Any, ...], WorkerPool] = {}
         self._token = os.urandom(32)
         self._pid = os.getpid()
+        self.loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
         self._ready = asyncio.Event()
         self._group: anyio.abc.TaskGroup | None = None
@@ -621,13 +628,13 @@ class _Host:
 
     async def drain(self) -> None:
         """Wait for the runs that were started. Input that was not pulled yet is dropped."""
-        for pool in tuple(self._pools.values()):
-            for run in pool.runs:
+        while runs := self.runs():  # who waits for one may start the next
+            for run in runs:
                 if not run.is_single:  # its input is what other runs give
                     run.stop_pulling()
-        for pool in tuple(self._pools.values()):
-            for run in pool.runs:
+            for run in runs:
                 await run.finished()
+            await anyio.lowlevel.checkpoint()
 
     async def close(self) -> None:
         """Cancel what is left and end all workers. Bounded in time; what may be left is logged."""

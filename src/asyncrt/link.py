@@ -18,7 +18,16 @@ from asyncrt.backends.base import ByteStream, Worker, WorkerExit
 from asyncrt.errors import ProtocolError, RuntimeMismatchError, StartTimeoutError
 from asyncrt.serialize import PackedFunction
 from asyncrt.worker.authentication import new_nonce, prove, verify
-from asyncrt.worker.protocol import Buffer, Decoder, Frame, Kind, Limits, Outbox, allocate_anonymous
+from asyncrt.worker.protocol import (
+    Buffer,
+    Decoder,
+    Frame,
+    Kind,
+    Limits,
+    Outbox,
+    allocate_anonymous,
+    byte_length,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +37,9 @@ _ACKNOWLEDGE_SECONDS: Final = 0.1
 _LARGE_BYTES: Final = 1 << 18
 _WRITES_AT_ONCE: Final = 8  # of at most 1 MiB each, if they are pieces of a large body
 _MAX_FUNCTIONS: Final = 128
+_MAX_FUNCTION_BYTES: Final = 1 << 26  # of functions and units that nobody needs any more
+_MAX_FRUITLESS: Final = 20
+_FRUITLESS_SECONDS: Final = 1.0
 
 
 class LinkOwner(Protocol):
@@ -84,7 +96,9 @@ class Link:
         self._ahead: set[int] = set()
         self._acknowledged = 0
         self._acknowledge_soon = False
-        self._functions: OrderedDict[str, None] = OrderedDict()
+        self._functions: OrderedDict[str, int] = OrderedDict()  # with their sizes in bytes
+        self._function_bytes = 0
+        self._fruitless = 0
         self._fatal: Exception | None = None
 
     # -- life -------------------------------------------------------------------------------------
@@ -128,6 +142,7 @@ class Link:
                 logger.warning("%s: unreachable for %g s, given up", self.name, waited)
                 self.worker.kill()
                 await anyio.sleep_forever()  # until its exit is seen
+            live_at: float | None = None
             left = began + self._start_timeout - current_time()
             if not self.joined and left <= 0:
                 self._give_up(
@@ -140,14 +155,33 @@ class Link:
                 with anyio.move_on_after(max(left, 0.0) if not self.joined else None) as scope:
                     await self._connect(scope)
                     delay = _FIRST_DELAY
+                    live_at = current_time()
                     await self._attend()
             except (ConnectionError, TimeoutError) as error:
                 logger.debug("%s: %s", self.name, error)
             finally:
                 self._close_stream()
+            if live_at is not None and self._is_hopeless(current_time() - live_at):
+                return
             if self._fatal is None:
                 await anyio.sleep(delay * random.random())  # noqa: S311 - jitter
                 delay = min(2 * delay, _MAX_DELAY)
+
+    def _is_hopeless(self, lived: float) -> bool:
+        """Give the worker up if it drops one connection after the other, without a word."""
+        if lived > _FRUITLESS_SECONDS or self._heard_frame:
+            self._fruitless = 0
+            return False
+        self._fruitless += 1
+        if self._fruitless < _MAX_FRUITLESS:
+            return False
+        self._give_up(
+            ProtocolError(
+                f"{self.name} dropped {_MAX_FRUITLESS} connections in a row, each at once: it does "
+                "not take what this client sends"
+            )
+        )
+        return True
 
     async def _connect(self, scope: anyio.CancelScope) -> None:
         """Connect and shake hands. ``scope`` limits the time until the worker has joined."""
@@ -182,6 +216,7 @@ class Link:
         self._live = anyio.Event()
         self._gone = anyio.Event()
         self._pumping = False
+        self._heard_frame = False
         self._last_heard = current_time()
 
     def _close_stream(self) -> None:
@@ -235,17 +270,25 @@ class Link:
         return True
 
     def _send_once(self, header: dict[str, Any], body: Sequence[Buffer]) -> None:
-        forget: list[str] = []
-        while len(self._functions) >= _MAX_FUNCTIONS:
-            oldest = next(iter(self._functions))
-            if self._owner.needs_function(oldest):
-                break
-            del self._functions[oldest]
-            forget.append(oldest)
-        self._functions[header["function"]] = None
+        size = byte_length(body)
+        forget = self._make_room(size)
+        self._functions[header["function"]] = size
+        self._function_bytes += size
         if forget:
             header["forget"] = forget
         self.send(Kind.FUNCTION, header, body)
+
+    def _make_room(self, size: int) -> list[str]:
+        """Return what the worker shall forget: what was used longest ago, and nobody needs."""
+        forget: list[str] = []
+        for name in tuple(self._functions):
+            enough = self._function_bytes + size <= _MAX_FUNCTION_BYTES
+            if len(self._functions) < _MAX_FUNCTIONS and enough:
+                break
+            if not self._owner.needs_function(name):
+                self._function_bytes -= self._functions.pop(name)
+                forget.append(name)
+        return forget
 
     def _pump_soon(self) -> None:
         """Write the first frame of a turn of the loop at once, the rest together at its end."""
@@ -303,6 +346,7 @@ class Link:
 
     def _on_frame(self, frame: Frame) -> None:
         if self._step == "live":
+            self._heard_frame = True
             if "sequence" in frame.header and not self._is_new(frame):
                 return
             self._owner.on_frame(self, frame)
@@ -321,7 +365,10 @@ class Link:
             self._put(Kind.RESUME, {"sequence": self._received})
             self._step = "resume"
         elif self._step == "resume" and frame.kind == Kind.RESUME:
-            self._functions = OrderedDict.fromkeys(frame.header["functions"])
+            self._functions = OrderedDict(
+                (name, self._functions.get(name, 0)) for name in frame.header["functions"]
+            )
+            self._function_bytes = sum(self._functions.values())
             self._step = "live"
             self._live.set()
             if self.joined:

@@ -355,6 +355,14 @@ class PoolSettings:
             raise ConfigError(
                 "env must map names to strings", key="env", expected="a mapping of names to strings"
             )
+        for name, value in env.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ConfigError(
+                    f"env: {name!r} cannot be a variable: its name must not be empty or hold '=', "
+                    "and neither name nor value a NUL",
+                    key="env",
+                    expected="names without '=' and NUL",
+                )
         object.__setattr__(self, "env", types.MappingProxyType(dict(env)))
 
     def shape(self) -> tuple[Any, ...]:

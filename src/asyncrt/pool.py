@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import random
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -27,10 +26,12 @@ from asyncrt.actions import (
 )
 from asyncrt.backends.base import Backend, WorkerExit, WorkerPoolHandle
 from asyncrt.dispatcher import Dispatcher
+from asyncrt.echo import Echo
 from asyncrt.errorgroups import innermost
 from asyncrt.errors import (
     AsyncrtError,
     ExecutorClosedError,
+    RunCancelledError,
     SerializationError,
     WorkerStartError,
 )
@@ -60,7 +61,8 @@ logger = logging.getLogger(__name__)
 _LARGE_BYTES: Final = 1 << 20
 _HOLD_SECONDS: Final = 0.05
 _MAX_START_FAILURES: Final = 3
-_RESTART_SECONDS: Final = 0.1
+_RESTART_SECONDS: Final = 0.05
+_MAX_BACKOFF: Final = 8  # doublings: 13 s
 _SAY_SECONDS: Final = 5.0
 _MAX_PACES: Final = 128
 
@@ -86,6 +88,8 @@ class WorkerPool:
         self._spill = Spill(settings.spill_dir, settings.spill_limit_bytes)
         self._start_failures = 0
         self._group: TaskGroup | None = None
+        self._feeds: TaskGroup
+        self._echo = Echo() if settings.echo else None
         self._handle: WorkerPoolHandle | None = None
         self._failed: BaseException | None = None
         self._loop = asyncio.get_running_loop()
@@ -102,7 +106,9 @@ class WorkerPool:
     async def run(self) -> None:
         """Keep the pool until cancelled. A backend that fails ends its runs, not the executor."""
         try:
+            # Inputs outermost: one that cannot be stopped must not keep the workers from ending.
             async with (
+                anyio.create_task_group() as self._feeds,
                 self._backend.open_pool(self.settings, token=self._token) as handle,
                 anyio.create_task_group() as group,
             ):
@@ -114,8 +120,9 @@ class WorkerPool:
         except* AsyncrtError as errors:
             self._fail(innermost(errors))
         except* Exception as errors:
-            self._fail(innermost(errors))  # a bug: its runs are told what it is, then all else
-            raise
+            # A bug: its runs are told what it is, and those of other pools go on.
+            logger.exception("a pool of workers failed")
+            self._fail(innermost(errors))
         finally:
             self._group = None
             self._spill.close()
@@ -187,14 +194,23 @@ class WorkerPool:
 
     def _start_feed(self, run: Run[Any]) -> None:
         if run.feed is not None and self._group is not None:
-            self._group.start_soon(self._feed, run)
+            self._feeds.start_soon(self._feed, run)
 
     async def _feed(self, run: Run[Any]) -> None:
         feed = run.feed
         assert feed is not None
         try:
             await feed.run()
-        except Exception as error:  # noqa: BLE001 - the user's own input may raise anything
+        except asyncio.CancelledError as error:
+            if anyio.current_effective_deadline() == -math.inf:  # the pool is closed
+                raise
+            # The input's own: it awaited something that was cancelled.
+            failure = RunCancelledError(f"the input of run {run.id} raised CancelledError")
+            failure.__cause__ = error
+            run.abort(failure)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - the user's own input may raise anything
             run.abort(error)
         else:
             run.input_ended()
@@ -305,6 +321,8 @@ class WorkerPool:
             ended = await link.run()
         except WorkerStartError as failure:
             error = failure
+        except OSError as failure:  # of this machine: no descriptors, no memory
+            error = WorkerStartError(f"no worker could be started: {failure}")
         finally:
             if link is None:
                 self._starting -= 1
@@ -318,6 +336,8 @@ class WorkerPool:
 
     def _lose(self, link: Link) -> None:
         self._links.pop(link.name, None)
+        if self._echo is not None:
+            self._echo.forget(link.name)
         self._draining.discard(link.name)
         actions = self._dispatcher.worker_lost(link.name, now=self._now())
         self._record_lost(actions, link.name, sent=True)
@@ -337,13 +357,15 @@ class WorkerPool:
                 exit_code=ended.exit_code,
             )
         failure = error or WorkerStartError("no worker could be started")
-        logger.warning("a worker could not be started: %s", failure)
+        level = logging.WARNING if self._start_failures <= _MAX_START_FAILURES else logging.DEBUG
+        logger.log(level, "a worker could not be started: %s", failure)
         final = self._start_failures >= _MAX_START_FAILURES or isinstance(failure, TimeoutError)
         if final and not self._dispatcher.workers:
             for run in tuple(self._runs.values()):
                 run.abort(failure)
-            self._start_failures = 0
-        await anyio.sleep(_RESTART_SECONDS)
+            self._start_failures = _MAX_START_FAILURES if self.settings.min_workers else 0
+        self._start_failures = min(self._start_failures, _MAX_BACKOFF)
+        await anyio.sleep(_RESTART_SECONDS * 2.0**self._start_failures)
 
     # -- LinkOwner --------------------------------------------------------------------------------
 
@@ -384,7 +406,7 @@ class WorkerPool:
         elif frame.kind == Kind.STARTED:
             self._on_started(link, header)
         elif frame.kind == Kind.LOG:
-            self._on_log(header, frame.body)
+            self._on_log(link, header, frame.body)
         elif frame.kind == Kind.GOODBYE:
             logger.info("%s ends: %s", link.name, header.get("reason"))
             if link.name in self._dispatcher.workers:
@@ -404,15 +426,13 @@ class WorkerPool:
             run.listener.on_started(index)
         self._act(self._dispatcher.started(chunk, header["position"], at=at, now=self._now()))
 
-    def _on_log(self, header: dict[str, Any], body: Buffer) -> None:
+    def _on_log(self, link: Link, header: dict[str, Any], body: Buffer) -> None:
         text = bytes(body)
         run = self._runs.get(header["run"]) or self._leaving.get(header["run"])
         if run is not None:
             run.logs.add(header["index"], text)
-        if self.settings.echo:
-            stream = sys.stdout if header["stream"] == "out" else sys.stderr
-            stream.write(text.decode("utf-8", "replace"))
-            stream.flush()
+        if self._echo is not None:
+            self._echo.write(link.name, header["stream"], text)
 
     # -- outcomes ---------------------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ class RunQueue:
         offered: Calls that may be sent: all indexes below it were taken from the input.
         next_index: The first call that was never sent.
         total: Calls in all; ``None`` while that is not known.
-        returned: Calls to send again: indexes and attempt.
+        returned: Calls to send again: indexes, attempt, and whether they travel alone.
+        returned_calls: How many they are.
         pace: What is known of its function.
         queued: Whether it is among the runs that have something to send.
         stragglers: What decides on second copies; ``None``: there are none.
@@ -76,7 +77,8 @@ class RunQueue:
     offered: int = 0
     next_index: int = 0
     total: int | None = None
-    returned: deque[tuple[Sequence[int], int]] = field(default_factory=deque)
+    returned: deque[tuple[Sequence[int], int, bool]] = field(default_factory=deque)
+    returned_calls: int = 0
     chunks: dict[int, Chunk] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     losses: dict[int, int] = field(default_factory=dict)
@@ -94,7 +96,42 @@ class RunQueue:
     @property
     def ready(self) -> int:
         """Calls that could be sent now."""
-        return self.offered - self.next_index + sum(len(item[0]) for item in self.returned)
+        return self.offered - self.next_index + self.returned_calls
+
+    def give_back(
+        self, indexes: Sequence[int], attempt: int, *, alone: bool = False, first: bool = False
+    ) -> None:
+        """Take calls that are to be sent again.
+
+        Args:
+            alone: Never together with others: one of them may be why a worker was lost.
+            first: Before those that are waiting.
+        """
+        self.returned_calls += len(indexes)
+        (self.returned.appendleft if first else self.returned.append)((indexes, attempt, alone))
+
+    def take_returned(self, size: int) -> tuple[Sequence[int], int]:
+        """Return up to ``size`` calls that are to be sent again, of one attempt."""
+        indexes, attempt, alone = self.returned.popleft()
+        if len(indexes) > size:
+            self.returned.appendleft((indexes[size:], attempt, alone))
+            indexes = indexes[:size]
+        elif not alone and len(indexes) < size:
+            found = list(indexes)
+            while self.returned and self.returned[0][1:] == (attempt, False):
+                more = self.returned[0][0]
+                if len(found) + len(more) > size:
+                    break
+                self.returned.popleft()
+                found += more
+            indexes = found
+        self.returned_calls -= len(indexes)
+        return indexes, attempt
+
+    def forget_returned(self) -> None:
+        """Want none of them any more."""
+        self.returned.clear()
+        self.returned_calls = 0
 
     @property
     def has_ready(self) -> bool:

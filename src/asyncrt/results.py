@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -16,7 +17,7 @@ from asyncrt.errors import SerializationError
 from asyncrt.events import Finished
 from asyncrt.modules import explain_import
 from asyncrt.queues import Chunk
-from asyncrt.serialize import build_failure, load_error
+from asyncrt.serialize import build_failure, load_error, text_of
 from asyncrt.spill import Deferred
 from asyncrt.units import Unit
 from asyncrt.worker.payload import decode
@@ -89,7 +90,7 @@ def _load_part(
         elif outcome == Outcome.SUCCESS:
             try:
                 value = decode(body, begin, end)
-            except Exception as error:  # noqa: BLE001 - loading runs the user's own code
+            except BaseException as error:  # noqa: BLE001 - loading runs the user's own code
                 errors[position] = _unloadable(error, facts_of(chunk, position, worker)), ""
         elif outcome == Outcome.RAISED:
             facts = facts_of(chunk, position, worker)
@@ -155,7 +156,9 @@ def annotate(error: Exception, trace: str, printed: str, facts: dict[str, Any]) 
     last = printed.splitlines()[-_LAST_LOG_LINES:]
     if last:
         lines += ["", f"Its last {len(last)} lines of output:", *last]
-    error.add_note("\n".join(lines))
+    # An exception may refuse notes: frozen, or with a ``__notes__`` of its own.
+    with contextlib.suppress(Exception):
+        BaseException.add_note(error, "\n".join(lines))
 
 
 def explain(error: Exception, modules: Sequence[Unit]) -> None:
@@ -178,14 +181,14 @@ def _load(packed: memoryview) -> Any:
 def _load_result(packed: memoryview, facts: dict[str, Any]) -> Any:
     try:
         return _load(packed)
-    except Exception as error:
+    except BaseException as error:
         raise _unloadable(error, facts) from error
 
 
-def _unloadable(error: Exception, facts: dict[str, Any]) -> SerializationError:
+def _unloadable(error: BaseException, facts: dict[str, Any]) -> SerializationError:
     failure = SerializationError(
         "the call succeeded, but its result cannot be loaded here: "
-        f"{type(error).__qualname__}: {error}",
+        f"{type(error).__qualname__}: {text_of(error)}",
         **facts,
     )
     failure.__cause__ = error

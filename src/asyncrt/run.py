@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
+from types import TracebackType
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
 import anyio
@@ -121,9 +122,13 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self._completed: deque[int] = deque()
         self._completed_batches: deque[Sequence[int]] = deque()
         self._mode: Literal["await", "iterate"] | None = None
+        self._keeps_order_of_completion = True  # until it is known that nobody needs it
         self._state: State = "running"
         self._error: BaseException | None = None
+        self._traceback: TracebackType | None = None
         self._failures: dict[int, Failure] = {}
+        self._drains = False  # nobody needs to take results for more calls to be let in
+        self._is_cut = False  # the executor was left before the input had ended
         self._done = asyncio.Event()
         self._news: set[asyncio.Future[None]] = set()
         self._waiting_for: dict[int, set[asyncio.Future[None]]] = {}
@@ -177,7 +182,10 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
 
     @property
     def failures(self) -> Sequence[Failure]:
-        """The calls that failed for good, in the order in which they did."""
+        """The calls that failed for good, in the order in which they did.
+
+        Of an input without a size, those that were not delivered, and the last 1,000.
+        """
         return tuple(self._failures.values())
 
     def done(self) -> bool:
@@ -197,6 +205,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._mode == "iterate":
             raise RuntimeError("this run is iterated: it cannot be awaited as well")
         self._mode = "await"
+        self._keep_order_of_completion(keep=False)
         self._update_room()
         try:
             await self._done.wait()
@@ -204,7 +213,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             self._end_cancelled()
             raise
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(self._traceback)  # not longer with each await
         if any(isinstance(value, Deferred) for value in self._values):
             self._values = await anyio.to_thread.run_sync(self._load_all, list(self._values))
         return list(self._values)
@@ -224,14 +233,20 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             raise
 
     def __aiter__(self) -> Run[R]:
-        self._begin_iteration()
+        self._begin_iteration(ordered=self.settings.ordered)
         return self
 
-    def _begin_iteration(self) -> None:
+    def _begin_iteration(self, *, ordered: bool) -> None:
         if self._mode is not None:
             how = "awaited" if self._mode == "await" else "iterated already"
             raise RuntimeError(f"this run is {how}: a run is iterated once")
         self._mode = "iterate"
+        self._keep_order_of_completion(keep=not ordered)
+
+    def _keep_order_of_completion(self, *, keep: bool) -> None:
+        self._keeps_order_of_completion = keep
+        if not keep:
+            self._completed_batches.clear()
 
     async def __anext__(self) -> R:
         if self._mode != "iterate":
@@ -246,7 +261,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
 
     async def as_completed(self) -> AsyncIterator[Call[R]]:
         """Iterate over calls as they end, whatever ``ordered`` says. Is the one iteration."""
-        self._begin_iteration()
+        self._begin_iteration(ordered=False)
         while (index := await self._next_settled(ordered=False)) is not None:
             self._delivered += 1
             yield Call(self, index)
@@ -297,6 +312,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._sequences is None:
             self._states[index - self._base] = _DELIVERED
             self._values[index - self._base] = None
+            if len(self._failures) > DEFAULT_WINDOW:  # an endless input may have endless failures
+                del self._failures[next(iter(self._failures))]
             if self._states.startswith(b"\4" * _TRIM):
                 del self._states[:_TRIM], self._values[:_TRIM]
                 self._base += _TRIM
@@ -356,6 +373,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         """Deliver what can be delivered now: whether it is a result, and the result or error."""
         if self._mode is None:
             self._mode = "iterate"
+            self._keep_order_of_completion(keep=not ordered)
         batch: list[tuple[bool, Any]] = []
         take = self._next_in_order if ordered else self._next_completed
         while (index := take()) is not None:
@@ -506,7 +524,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._window is None:
             room = (self._total or 0) - self._taken
         else:
-            out = self._settled if self._mode == "await" else self._delivered
+            counts = self._mode == "await" or self._drains
+            out = self._settled if counts else self._delivered
             room = self._window - (self._taken - out)
         if self._done.is_set():
             return
@@ -549,7 +568,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._inputs:
             for index in indexes:
                 self._inputs.pop(index, None)
-        if self._mode != "await":
+        if self._keeps_order_of_completion:
             self._completed_batches.append(indexes)
         if self._waiting_for:
             for index in indexes:
@@ -558,13 +577,17 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             _wake(self._news)
         if self.listener is not None:
             self.listener.on_news()
-        if self._window is not None and self._mode == "await":
+        if self._window is not None and (self._mode == "await" or self._drains):
             self._update_room()
         self._finish_if_settled()
 
     def _finish_if_settled(self) -> None:
         if self._settled == self._total and self.settings.return_exceptions | (not self._failures):
-            self._end("succeeded", None)
+            if self._is_cut:
+                message = f"run {self.id}: its executor was left before its input had ended"
+                self._end("cancelled", RunCancelledError(message))
+            else:
+                self._end("succeeded", None)
 
     def abort(self, error: BaseException) -> None:
         """End the run with an error that is no call's: of its input, of the workers."""
@@ -581,10 +604,20 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         )
 
     def stop_pulling(self) -> None:
-        """Take nothing more from the input; what was taken goes on."""
+        """Take nothing more from the input; what was taken goes on.
+
+        Input with a size was accepted whole, unless somebody iterates and takes no more. Who still
+        waits for a run whose input was cut gets ``RunCancelledError``: what came is not all.
+        """
         if self.feed is not None:
+            self._is_cut = self._is_cut or self._total is None
             self.feed.stop()
         elif self._total is not None and self._taken < self._total and not self._done.is_set():
+            if self._mode != "iterate":
+                self._drains = True
+                self._update_room()
+                return
+            self._is_cut = True
             self._total = self.queue.total = self._taken
             del self._values[self._taken :], self._states[self._taken :]
             self._finish_if_settled()
@@ -598,6 +631,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             return
         self._state = state
         self._error = error
+        self._traceback = error.__traceback__ if error is not None else None
         self._done.set()
         self.stop_pulling()
         now = self._now()

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from asyncrt.worker.records import LENGTH, unpack_raised
 
 _MAX_DEPTH: Final = 6
 _MAX_ITEMS: Final = 1000
+_SEARCH_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,9 @@ def pack_function(
     check_function(fn)
     try:
         segments = encode((fn, dict(fixed)), cloudpickle.Pickler)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         raise explain_unpicklable(fn, label_of(fn), error, fixed=fixed) from error
     digest = hashlib.blake2b(digest_size=16)
     for segment in segments:
@@ -160,33 +164,50 @@ def pack_arguments(arguments: Any, base: int) -> list[Buffer]:
     """
     try:
         segments = encode(arguments, cloudpickle.Pickler, base=base + LENGTH.size)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         raise explain_unpicklable(arguments, "argument", error) from error
     segments.insert(0, LENGTH.pack(byte_length(segments)))
     return segments
 
 
 def explain_unpicklable(
-    value: Any, name: str, error: Exception, *, fixed: Mapping[str, Any] | None = None
+    value: Any, name: str, error: BaseException, *, fixed: Mapping[str, Any] | None = None
 ) -> SerializationError:
     """Return an error that names the object inside that cannot be pickled."""
-    path, culprit = next(_find_culprits(value, name, 0), ("", None))
+    end = time.monotonic() + _SEARCH_SECONDS
+    path, culprit = next(_find_culprits(value, name, 0, end), ("", None))
     if not path and fixed:
-        path, culprit = next(_find_culprits(dict(fixed), "kwargs", 0), ("", None))
+        path, culprit = next(_find_culprits(dict(fixed), "kwargs", 0, end), ("", None))
     where = f"{path} (a {type(culprit).__qualname__})" if path else name
-    return SerializationError(f"{where} cannot be pickled: {error}", path=path or name)
+    return SerializationError(f"{where} cannot be pickled: {text_of(error)}", path=path or name)
 
 
-def _find_culprits(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield the innermost objects that cannot be pickled, with their paths."""
+def text_of(error: BaseException) -> str:
+    """Return what an exception says; its own ``__str__`` may raise anything."""
+    try:
+        return str(error)
+    except BaseException as second:  # noqa: BLE001 - the user's own __str__
+        return f"<str() raised {type(second).__qualname__}>"
+
+
+def _find_culprits(value: Any, path: str, depth: int, end: float) -> Iterator[tuple[str, Any]]:
+    """Yield the innermost objects that cannot be pickled, with their paths.
+
+    Args:
+        end: Value of ``time.monotonic()`` at which the search goes no deeper.
+    """
     try:
         cloudpickle.dumps(value)
-    except Exception:  # noqa: BLE001 - any object's own reduction may raise anything
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # noqa: BLE001 - any object's own reduction may raise anything
         inner: Iterator[tuple[str, Any]] = iter(())
-        if depth < _MAX_DEPTH:
+        if depth < _MAX_DEPTH and time.monotonic() < end:
             parts = itertools.islice(_parts(value, path), _MAX_ITEMS)
             inner = itertools.chain.from_iterable(
-                _find_culprits(part, part_path, depth + 1) for part_path, part in parts
+                _find_culprits(part, part_path, depth + 1, end) for part_path, part in parts
             )
         found = next(inner, None)
         yield found if found is not None else (path, value)
@@ -206,13 +227,20 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield f"{path}.__self__", value.__self__
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield f"{path}[{key!r:.40}]", part
+            yield f"{path}[{_short(key)}]", part
     elif isinstance(value, list | tuple | set | frozenset):
         for position, part in enumerate(value):
             yield f"{path}[{position}]", part
     else:
         for name, part in getattr(value, "__dict__", {}).items():
             yield f"{path}.{name}", part
+
+
+def _short(key: Any) -> str:
+    try:
+        return f"{key!r:.40}"
+    except Exception:  # noqa: BLE001 - the user's own __repr__
+        return f"<{type(key).__qualname__}>"
 
 
 def load_error(
@@ -234,8 +262,8 @@ def load_error(
     if packed:
         try:
             error = load(packed)
-        except Exception as failure:  # noqa: BLE001 - the exception's own constructor may raise
-            reason = f"{type(failure).__qualname__}: {failure}"
+        except BaseException as failure:  # noqa: BLE001 - the exception's own constructor may raise
+            reason = f"{type(failure).__qualname__}: {text_of(failure)}"
         else:
             if isinstance(error, CallError):
                 error.__dict__.update(facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
 
 import anyio
@@ -28,12 +28,20 @@ def as_sequences(iterables: Sequence[Any]) -> list[Sequence[Any]] | None:
             iterable, "__getitem__"
         ):
             raise TypeError(f"expected an iterable of arguments, not {type(iterable).__name__}")
-    if not all(hasattr(iterable, "__len__") for iterable in iterables):
+    if not all(_has_size(iterable) for iterable in iterables):
         return None
     return [
         iterable if isinstance(iterable, range | tuple) else list(iterable)
         for iterable in iterables
     ]
+
+
+def _has_size(iterable: Any) -> bool:
+    try:
+        len(iterable)
+    except (TypeError, OverflowError):  # range(10**30) has a length that Python cannot tell
+        return False
+    return True
 
 
 class Feed:
@@ -135,8 +143,6 @@ class Feed:
         A thread that is inside the input's ``next()`` cannot be stopped; it is a daemon, and ends
         when the input lets it. It is waited for a moment, and then left.
         """
-        iterables = self._iterables
-        inputs = iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
         ended = anyio.Event()
         raised: list[BaseException] = []
 
@@ -150,7 +156,7 @@ class Feed:
             ended.set()
 
         thread = self._thread = _Puller(
-            inputs, room=self._room, loop=self._loop, arrived=arrived, finished=finished
+            self._iterables, room=self._room, loop=self._loop, arrived=arrived, finished=finished
         )
         thread.start()
         try:
@@ -169,7 +175,7 @@ class _Puller(threading.Thread):
 
     def __init__(
         self,
-        inputs: Iterator[Any],
+        iterables: Sequence[Any],
         *,
         room: int,
         loop: asyncio.AbstractEventLoop,
@@ -177,7 +183,7 @@ class _Puller(threading.Thread):
         finished: Callable[[BaseException | None], None],
     ) -> None:
         super().__init__(name="asyncrt input", daemon=True)
-        self._inputs = inputs
+        self._iterables = iterables
         self._loop = loop
         self._arrived = arrived
         self._finished = finished
@@ -206,6 +212,8 @@ class _Puller(threading.Thread):
         self._call(lambda: self._finished(error))
 
     def _pull(self) -> None:
+        iterables = self._iterables
+        inputs = iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
         while True:
             with self._condition:
                 while self._room <= 0 and not self._stopped:
@@ -213,7 +221,7 @@ class _Puller(threading.Thread):
                 if self._stopped:
                     break
             try:
-                item = next(self._inputs)
+                item = next(inputs)
             except StopIteration:
                 return
             with self._condition:
@@ -222,7 +230,7 @@ class _Puller(threading.Thread):
                 first = len(self._batch) == 1
             if first:
                 self._call(self._flush)
-        close = getattr(self._inputs, "close", None)
+        close = getattr(inputs, "close", None)
         if close is not None:
             close()
 

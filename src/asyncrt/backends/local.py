@@ -112,7 +112,10 @@ class LocalPool:
         path = self._directory / f"{number}.sock"
         sys_path = sys.path if self._sys_path is None else self._sys_path
         group = make_memory_group(self._settings.memory_bytes, f"{self._directory.name}-{number}")
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise WorkerStartError(f"a worker needs a socket: {error}") from error
         try:
             listener.bind(str(path))
             listener.listen(8)
@@ -263,7 +266,10 @@ class LocalWorker:
         """Connect to the worker's socket. See ``Worker.connect``."""
         if self.ended:
             raise _start_error(self._exit.result())
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectionError(f"{self.name} cannot be connected to: {error}") from error
         sock.setblocking(False)
         try:
             await asyncio.get_running_loop().sock_connect(sock, str(self._path))

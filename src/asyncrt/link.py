@@ -125,6 +125,8 @@ class Link:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None  # noqa: ASYNC123 - the lone one, told as it is
         finally:
+            self.send(Kind.QUIT, {})  # if the pool is closed; else there is nobody to read it
+            self._pump()
             self._close_stream()
         if self._fatal is not None:
             raise self._fatal

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -135,7 +136,8 @@ class LocalPool:
                 echo=False,
                 sys_path=tuple(entry or str(Path.cwd()) for entry in sys_path),
                 modules=str(path.with_suffix(".modules")),
-                remove=(str(path), str(self._program), str(self._directory)),
+                remove=(str(path),),
+                remove_last=(str(self._program), str(self._directory)),
             )
             process = await self._start_process(listener.fileno(), settings, group)
         except OSError as error:
@@ -201,6 +203,7 @@ class LocalWorker:
         self._group = group
         self._tail = b""
         self._hung_up = False
+        _note_lifeline(self)
         self._exit: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
         self._watch()
 
@@ -284,6 +287,11 @@ class LocalWorker:
     async def wait_exit(self) -> WorkerExit:
         """Return when the process is gone."""
         return await asyncio.shield(self._exit)
+
+    def let_go(self) -> None:
+        """Hold the lifeline no longer, in a process that was forked from the client's."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def hang_up(self) -> None:
         """Let the worker end at once: the end of its standard input means that."""
@@ -376,6 +384,24 @@ class _SocketStream:
             self._socket.close()
             self._writing.clear()
             self._receiver.closed(error)
+
+
+_lifelines: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
+_is_fork_noted = False
+
+
+def _note_lifeline(worker: LocalWorker) -> None:
+    """Let processes that are forked from this one not keep its workers alive."""
+    global _is_fork_noted  # noqa: PLW0603 - handlers of forks cannot be taken back
+    _lifelines.add(worker)
+    if not _is_fork_noted:
+        os.register_at_fork(after_in_child=_let_go_of_lifelines)
+        _is_fork_noted = True
+
+
+def _let_go_of_lifelines() -> None:
+    for worker in tuple(_lifelines):
+        worker.let_go()
 
 
 def _remove(program: Path, directory: Path) -> None:

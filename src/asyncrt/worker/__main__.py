@@ -40,11 +40,12 @@ def serve(source: str) -> int:
         os.set_inheritable(settings.listen_fd, False)
     else:
         listener = socket.create_server(("127.0.0.1", settings.listen_port))
+    parent = Parent(settings, listener)
     try:
-        return Parent(settings, listener).run(lifeline=lifeline)
+        return parent.run(lifeline=lifeline)
     finally:
         remove(settings.modules)  # the server did, if it could
-        for path in settings.remove:
+        for path in settings.remove + (settings.remove_last if parent.client_is_gone else ()):
             with contextlib.suppress(OSError):
                 if os.path.isdir(path):
                     os.rmdir(path)  # the last worker of a pool succeeds

@@ -19,6 +19,7 @@ number again. While it has not changed, the child cannot have overwritten the bo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -151,7 +152,8 @@ class Child:
                 os._exit(0)  # a copy that the call forked and let return: its answer is not wanted
             for stream in self._streams:
                 if stream.pending:
-                    stream.flush()
+                    with contextlib.suppress(OSError):  # the call has closed it
+                        stream.flush()
             seat.leave()  # before anybody can know of the outcome
             self._write(started, outcome, segments)
         else:
@@ -302,16 +304,15 @@ def _explained(what: str, error: BaseException) -> SerializationError:
 
 def describe_error(error: BaseException) -> bytes:
     """Return an exception as a payload: its facts as text and, if it survives the way, itself."""
-    lines = traceback.format_exception(type(error), error, _user_frames(error))
     facts: dict[str, Any] = {
         "type": _type_name(type(error)),
         "text": _text(error),
-        "traceback": "".join(lines),
+        "traceback": _trace(error),
     }
     if not isinstance(error, Exception):
         return pack_raised({**facts, "exit": True}, ())
-    error.__traceback__ = None
     try:
+        BaseException.with_traceback(error, None)  # a frozen one refuses the attribute
         segments = dump_result(error)
         packed = b"".join(segments)
         copy = decode(memoryview(packed), 0, len(packed))
@@ -320,6 +321,13 @@ def describe_error(error: BaseException) -> bytes:
     except BaseException as reason:  # noqa: BLE001 - the user's own reduction and constructor
         return pack_raised({**facts, "reason": f"{_type_name(type(reason))}: {_text(reason)}"}, ())
     return pack_raised(facts, [packed])
+
+
+def _trace(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(type(error), error, _user_frames(error)))
+    except BaseException as second:  # noqa: BLE001 - the user's own attributes
+        return f"(its traceback cannot be shown: {_type_name(type(second))})"
 
 
 def _user_frames(error: BaseException) -> types.TracebackType | None:

@@ -31,6 +31,7 @@ class Connection:
         sock.setblocking(False)
         self.socket = sock
         self.authenticated = False
+        self.resumed = False  # the client has said what it has: frames may follow HELLO
         self.last_heard = now
         self._token = token
         self._nonce = new_nonce()
@@ -46,6 +47,11 @@ class Connection:
     def unsent(self) -> bool:
         """Whether ``flush`` has something to do."""
         return bool(self._writing or self._outbox)
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes of small frames that the peer has not taken yet."""
+        return self._outbox.small_bytes + sum(view.nbytes for view in self._writing)
 
     def send(self, kind: int, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
         """Queue a frame. ``flush`` writes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import selectors
 import signal
@@ -26,6 +27,7 @@ from asyncrt.worker.tokens import MAX_CALLS
 
 EXIT_SERVER_LOST: Final = 70  # EX_SOFTWARE of sysexits.h
 _GRACE_SECONDS: Final = 5.0  # for running calls after SIGTERM
+_LONGEST_WAIT_SECONDS: Final = 3600.0  # ``select`` refuses what is much longer
 _LAST_WRITE_SECONDS: Final = 0.5
 _LOG_BACKLOG_BYTES: Final = 1 << 20
 _REMEMBERED_CANCELS: Final = 1024
@@ -51,6 +53,7 @@ class Parent:
         self._sequence = 0
         self._logs: deque[tuple[dict[str, Any], bytes]] = deque()
         self._log_bytes = 0
+        self._unread: list[tuple[Slot, int, int, str]] = []  # pipes that wait for the client
         self._slots = [
             Slot(number, deliver=self._deliver, give_back=self._give_back, log=self._log)
             for number in range(settings.slots)
@@ -63,6 +66,7 @@ class Parent:
             on_frame=self._on_server,
             on_template_lost=self._on_template_lost,
         )
+        self.client_is_gone = False
         self._ending: str | None = None
         self._terminated = False
         self._exit_code = 0
@@ -105,6 +109,7 @@ class Parent:
 
     def _serve_once(self) -> None:
         self._flush()
+        self._read_on()
         self._unwatched.clear()
         for key, mask in self._selector.select(self._seconds_to_wait()):
             self._now = time.monotonic()
@@ -165,7 +170,7 @@ class Parent:
                 waits.append(slot.chunk.look_at - self._now)
                 if self._memory.must_poll:
                     waits.append(LOOK_SECONDS)
-        return max(0.0, min(waits))
+        return max(0.0, min(_LONGEST_WAIT_SECONDS, *waits))
 
     # -- the client -------------------------------------------------------------------------------
 
@@ -257,6 +262,8 @@ class Parent:
     def _resume(self, header: dict[str, Any]) -> None:
         """Tell what this worker has; send again what was not received."""
         self._acknowledge(header["sequence"])
+        if self._client is not None:
+            self._client.resumed = True
         held = [*self._queue, *(slot.chunk for slot in self._slots if slot.chunk is not None)]
         known = [number for chunk in held for number in chunk.ids]
         for _, report, _ in self._unacknowledged.values():
@@ -270,7 +277,7 @@ class Parent:
         self._log_bytes = 0
 
     def _send(self, kind: int, header: dict[str, Any], body: Sequence[Buffer] = ()) -> None:
-        if self._client is not None:
+        if self._client is not None and self._client.resumed:
             self._client.send(kind, header, body)
 
     def _acknowledge(self, sequence: int) -> None:
@@ -488,8 +495,24 @@ class Parent:
             self._unwatch(slot.channel)  # it has ended; the server tells how
 
     def _on_log(self, slot: Slot, fd: int, name: str) -> None:
+        if self._client is not None and self._client.backlog_bytes > _LOG_BACKLOG_BYTES:
+            # The client does not read as fast as calls print: they wait at their full pipes.
+            self._selector.unregister(fd)
+            self._unread.append((slot, slot.generation, fd, name))
+            return
         if slot.read_log(fd, name) is None:  # not when somebody else has just read it empty
             self._unwatch(fd)
+
+    def _read_on(self) -> None:
+        """Read what calls print again, once the client has caught up."""
+        if not self._unread or (
+            self._client is not None and self._client.backlog_bytes > _LOG_BACKLOG_BYTES // 2
+        ):
+            return
+        unread, self._unread = self._unread, []
+        for slot, generation, fd, name in unread:
+            if slot.is_open and slot.generation == generation:
+                self._watch(fd, functools.partial(self._on_log, slot, fd, name))
 
     def _on_exit(self, slot: Slot, code: int) -> None:
         def explain(code: int) -> Verdict:
@@ -509,7 +532,7 @@ class Parent:
                 os.write(1 if name == "out" else 2, text)
         run = chunk.header["run"] if chunk is not None and index >= 0 else None
         note = {"stream": name, "index": index, "run": run}
-        if self._client is not None:
+        if self._client is not None and self._client.resumed:
             self._send(Kind.LOG, note, [text])
             return
         self._logs.append((note, text))
@@ -537,6 +560,7 @@ class Parent:
 
     def _on_lifeline(self, lifeline: int) -> None:
         if not os.read(lifeline, 512):
+            self.client_is_gone = True
             self._ending = "quit"
 
     def _terminate(self) -> None:

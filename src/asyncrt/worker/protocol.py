@@ -182,6 +182,7 @@ class Outbox:
         self._piece_bytes = piece_bytes
         self._streams_at_once = streams_at_once
         self._small: list[Buffer] = []
+        self.small_bytes = 0  # of frames that are not large
         self._waiting: deque[_Stream] = deque()
         self._open: deque[tuple[int, _Stream]] = deque()
         self._next_stream = 1
@@ -193,8 +194,10 @@ class Outbox:
         """Queue one frame."""
         total = byte_length(body)
         if total <= self._piece_bytes:
-            self._small.append(encode_head(kind, header, total, dump=self._dump))
+            head = encode_head(kind, header, total, dump=self._dump)
+            self._small.append(head)
             self._small.extend(body)
+            self.small_bytes += len(head) + total
         else:
             self._waiting.append(_Stream(kind, header, body, total))
 
@@ -202,6 +205,7 @@ class Outbox:
         """Return what to write next: every small frame, else one piece of one large body."""
         if self._small:
             small, self._small = self._small, []
+            self.small_bytes = 0
             return small
         while self._waiting and len(self._open) < self._streams_at_once:
             self._open.append((self._next_stream, self._waiting.popleft()))

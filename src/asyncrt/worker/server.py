@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from asyncrt.errors import SerializationError
@@ -27,6 +27,8 @@ from asyncrt.worker.modules import remove
 from asyncrt.worker.protocol import Frame, Kind
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_MAX_GENERATIONS = 8  # of processes that leave processes
 
 
 class Server:
@@ -46,6 +48,7 @@ class Server:
 
     def serve(self) -> None:
         """Serve until the parent hangs up, then kill what is left."""
+        _adopt_strays()
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         self._channel.send(Kind.READY, {"pid": os.getpid(), "threads": count_threads()})
@@ -56,7 +59,11 @@ class Server:
             for pid in self._running:
                 # A template kills its own children, which are in groups of their own, and ends.
                 kill_group(pid, signal.SIGKILL if pid in self._children else signal.SIGTERM)
-            self._reap()
+            for pid in self._running:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+            self._running.clear()
+            self._kill_strays()
 
     def _serve_once(self) -> bool:
         channel_fd = self._channel.fileno()
@@ -166,6 +173,17 @@ class Server:
         finally:
             os._exit(status)
 
+    def _kill_strays(self) -> None:
+        """Kill what dead children left in sessions of their own, and what that leaves."""
+        for _ in range(_MAX_GENERATIONS):
+            strays = _find_strays(self._running)
+            for pid in strays:
+                kill_group(pid)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+            if not strays:
+                return
+
     def _reap(self) -> None:
         for pid, process in list(self._running.items()):
             if process is not None:
@@ -179,6 +197,7 @@ class Server:
                 code = os.waitstatus_to_exitcode(status)
             kill_group(pid)  # what the user's code started and left
             del self._running[pid]
+            self._kill_strays()
             child = self._children.pop(pid, None)
             if child is not None:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -218,9 +237,27 @@ def run_server(sock: socket.socket, *, spawn: str, modules: str) -> None:
 
 
 def kill_group(pid: int, number: int = signal.SIGKILL) -> None:
-    """Kill a process and what it started, if they are there."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
+    """Kill a process, also one that has left its group, and what it started, if they are there."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, number)
+
+
+def _adopt_strays() -> None:
+    """Become the parent of what dead children leave, in whatever session it is."""
+    if sys.platform.startswith("linux"):
+        import ctypes  # noqa: PLC0415 - Linux only
+
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _find_strays(known: Collection[int]) -> list[int]:
+    """Return the children of this process that it has not started itself."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            return [int(pid) for pid in file.read().split() if int(pid) not in known]
+    except OSError:
+        return []
 
 
 def _set_group(pid: int) -> None:

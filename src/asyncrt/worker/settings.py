@@ -18,7 +18,9 @@ class WorkerSettings(NamedTuple):
         lifeline: Whether the end of standard input means that the client is gone.
         echo: Whether to write what calls print to the worker's own output, too.
         sys_path: Entries for ``sys.path`` of the children.
-        remove: Files, then directories, to remove at the end.
+        remove: Files to remove at the end.
+        remove_last: What the workers of a client share, files and then directories: to remove when
+            that client is gone.
         modules: Directory for modules that travel, made when needed and removed at the end; empty:
             a new one among the system's temporary files.
     """
@@ -39,6 +41,7 @@ class WorkerSettings(NamedTuple):
     echo: bool = True
     sys_path: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
+    remove_last: tuple[str, ...] = ()
     modules: str = ""
 
     def to_json(self) -> str:
@@ -54,6 +57,6 @@ class WorkerSettings(NamedTuple):
         """
         found: dict[str, Any] = json.loads(text)
         found["token"] = bytes.fromhex(found["token"])
-        for name in ("sys_path", "remove"):
+        for name in ("sys_path", "remove", "remove_last"):
             found[name] = tuple(found.get(name, ()))
         return cls(**found)

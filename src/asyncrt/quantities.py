@@ -67,8 +67,8 @@ def parse_memory(value: str | float, *, key: str = "memory") -> int:
     return size_bytes
 
 
-def parse_size(value: str | float, *, key: str) -> int:
-    """Return a quantity of bytes.
+def parse_limit(value: str | float, *, key: str) -> int:
+    """Return a quantity of bytes that bounds something.
 
     Args:
         value: ``"64Mi"``, ``"1G"``, or a number of bytes.

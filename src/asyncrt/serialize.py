@@ -51,6 +51,11 @@ class PackedFunction:
     label: str
     modules: tuple[Unit, ...] = ()
 
+    @property
+    def hashes(self) -> list[str]:
+        """The content hashes of all that a worker needs: its own, and those of its modules."""
+        return [self.name, *(unit.hash for unit in self.modules)]
+
 
 def check_function(fn: Any) -> None:
     """Refuse what cannot be run.

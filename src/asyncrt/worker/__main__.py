@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 
 import asyncrt
 
@@ -67,7 +66,9 @@ def find_client() -> None:
 
 def _new_directory() -> str:
     """Return a path that nobody can guess; whoever needs the directory makes it."""
-    return os.path.join(tempfile.gettempdir(), f"asyncrt-modules-{os.urandom(8).hex()}")
+    # Not tempfile.gettempdir(), which fails where nothing can be written, if needed or not.
+    parent = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - its name is a secret, its mode 0700
+    return os.path.join(parent, f"asyncrt-modules-{os.urandom(8).hex()}")
 
 
 def _read_line(fd: int) -> bytes:

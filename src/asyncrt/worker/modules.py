@@ -46,8 +46,10 @@ class Library:
             ProtocolError: A hash that is none.
         """
         name, units = header["function"], header.get("modules", {})
-        if not all(hash_.isalnum() for hash_ in units.values()):
-            raise ProtocolError(f"a function with units {units!r}")
+        if not isinstance(units, dict) or not all(
+            isinstance(hash_, str) and hash_.isalnum() for hash_ in units.values()
+        ):
+            raise ProtocolError(f"a function with modules {units!r}")
         self._packed[name] = body
         if "unit" not in header:
             self._units[name] = units
@@ -111,9 +113,9 @@ def install(units: Mapping[str, str], packed: MutableMapping[str, Buffer]) -> No
     """
     new = [(name, path) for name, path in units.items() if path not in sys.path]
     for name, path in new:
-        body = packed.pop(path, b"")
         if not os.path.isdir(path):
-            _unpack(path, memoryview(body))
+            _unpack(path, memoryview(packed.get(path, b"")))
+        packed.pop(path, None)
         _unload(name)
     sys.path[1:1] = [path for _, path in new]  # the first is the worker itself
     if new:
@@ -132,23 +134,27 @@ def _unload(name: str) -> None:
 def _unpack(path: str, body: memoryview) -> None:
     if not body:
         raise FileNotFoundError(f"{path} was removed while the worker needs it")
-    at = HEAD_BYTES + int.from_bytes(body[:HEAD_BYTES], "little")
     temporary = f"{path}.{os.getpid()}"
-    os.makedirs(temporary, 0o700, exist_ok=True)
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    try:
+        _write(temporary, body)
+        os.rename(temporary, path)
+    except OSError:
+        remove(temporary)
+        if not os.path.isdir(path):  # else another child was faster
+            raise
+
+
+def _write(directory: str, body: memoryview) -> None:
+    at = HEAD_BYTES + int.from_bytes(body[:HEAD_BYTES], "little")
     for name, size, executable in json.loads(bytes(body[HEAD_BYTES:at])):
-        target = os.path.join(temporary, name)
+        target = os.path.join(directory, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "wb") as file:
             file.write(body[at : at + size])
         if executable:
             os.chmod(target, 0o755)  # noqa: S103 - as it was where it comes from
         at += size
-    try:
-        os.rename(temporary, path)
-    except OSError:
-        remove(temporary)
-        if not os.path.isdir(path):  # else another child was faster
-            raise
 
 
 def remove(directory: str) -> None:

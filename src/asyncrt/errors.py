@@ -18,7 +18,6 @@ parses a message, and every error survives pickle.
     └── CallError                           one call failed, the others are not touched
         ├── CallTimeoutError (TimeoutError)   an attempt ran longer than ``timeout``
         ├── CallExitedError                   the function raised what is not an Exception
-        ├── InitializerError                  the executor's initializer failed in its process
         ├── OutOfMemoryError (MemoryError)    the worker's memory limit killed it
         ├── RemoteError                       its own exception could not travel; here is its text
         ├── SerializationError (TypeError)    a function, argument or result cannot be pickled
@@ -207,10 +206,6 @@ class CallExitedError(CallError):
     def __init__(self, message: str, *, type_name: str = "", **facts: Any) -> None:
         super().__init__(message, **facts)
         self.type_name = type_name
-
-
-class InitializerError(CallError):
-    """The executor's initializer failed in the process that was to run the call."""
 
 
 class OutOfMemoryError(CallError, MemoryError):

@@ -443,10 +443,6 @@ class Executor:
         view._host = self._host
         return view
 
-    def unfinished(self) -> list[Run[Any]]:
-        """Return the runs that have not ended. For the blocking face."""
-        return self._host.runs() if self._host is not None else []
-
     def _opened(self) -> tuple[Settings, _Host]:
         host, settings = self._host, self._settings
         if host is None or settings is None:
@@ -473,19 +469,6 @@ class Executor:
         if options:
             settings = settings.updated(options, only_calls=True)
         function = host.packer.pack(fn, kwargs, settings.call)
-        return self._begin(function, iterables, style, settings)
-
-    def start_packed(
-        self,
-        function: PackedFunction,
-        iterables: Any,
-        style: Literal["one", "star", "full"],
-        options: Mapping[str, Any],
-    ) -> Run[Any]:
-        """Start calls of a function that is packed already. For the blocking face."""
-        settings, _ = self._opened()
-        if options:
-            settings = settings.updated(options, only_calls=True)
         return self._begin(function, iterables, style, settings)
 
     def _begin(

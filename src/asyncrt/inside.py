@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
-
-from asyncrt.errors import InitializerError
 
 
 class CurrentCall:
@@ -44,36 +41,6 @@ class CurrentCall:
 
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
-
-
-class Initialized:
-    """A function, and what a process runs once before its first call of it.
-
-    Raises:
-        InitializerError: That failed.
-    """
-
-    done: ClassVar[set[str]] = set()  # by key, in this process
-
-    def __init__(
-        self, fn: Any, name: str, key: str, initializer: Any, initargs: tuple[Any, ...]
-    ) -> None:
-        self.fn = fn
-        self.__qualname__ = name
-        self.key = key
-        self.initializer = initializer
-        self.initargs = initargs
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        if self.key not in self.done:
-            try:
-                self.initializer(*self.initargs)
-            except BaseException as error:
-                name = type(error).__qualname__
-                raise InitializerError(f"the initializer raised {name}: {error}") from error
-            self.done.add(self.key)
-        return self.fn(*args, **kwargs)
 
 
 class _Seat:

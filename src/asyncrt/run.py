@@ -52,16 +52,6 @@ class RunOwner(Protocol):
         """All calls are settled."""
 
 
-class RunListener(Protocol):
-    """Who is told at once what happens, in the loop's thread. It must not block."""
-
-    def on_started(self, index: int) -> None:
-        """A call runs, and goes on running."""
-
-    def on_news(self) -> None:
-        """Calls have ended, or the run has."""
-
-
 class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     """The calls of one ``map``. They are on their way already.
 
@@ -97,7 +87,6 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self.settings = settings
         self.log = EventLog()
         self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up each time
-        self.listener: RunListener | None = None
         self.queue = RunQueue(
             run_id,
             settings.retries,
@@ -358,43 +347,6 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             error = RunCancelledError(f"call {index} of run {self.id} was cancelled")
             self.settle_failure(index, error, attempts=0, cancelled=True)
 
-    # -- for the blocking face --------------------------------------------------------------------
-
-    @property
-    def error(self) -> BaseException | None:
-        """What ended the run, if it did not succeed."""
-        return self._error
-
-    def single_outcome(self) -> tuple[Any, BaseException | None]:
-        """Return result and error of the only call of a run that has ended."""
-        return (self._values[0] if self._error is None else None), self._error
-
-    def collect(self, *, ordered: bool) -> list[tuple[bool, Any]]:
-        """Deliver what can be delivered now: whether it is a result, and the result or error."""
-        if self._mode is None:
-            self._mode = "iterate"
-            self._keep_order_of_completion(keep=not ordered)
-        batch: list[tuple[bool, Any]] = []
-        take = self._next_in_order if ordered else self._next_completed
-        while (index := take()) is not None:
-            state = self._state_of(index)
-            if state == _CANCELLED and index not in self._failures:
-                break  # the run was given up: its own error is to be told
-            batch.append((state == _SUCCEEDED, self._deliver(index)))
-        return batch
-
-    def cancel_queued(self) -> None:
-        """Give up calls that are with no worker yet."""
-        self.stop_pulling()
-        sent = {index for chunk in self.queue.chunks.values() for index in chunk.indexes}
-        for index in range(self._base, self._taken):
-            if index not in sent:
-                self.cancel_call(index)
-
-    def give_up(self) -> None:
-        """Cancel what has not ended, without waiting until no worker runs it."""
-        self._end_cancelled()
-
     # -- single calls, for Call -------------------------------------------------------------------
 
     async def wait_for_call(self, index: int) -> R:
@@ -575,8 +527,6 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
                 _wake(self._waiting_for.pop(index, ()))
         if self._news:
             _wake(self._news)
-        if self.listener is not None:
-            self.listener.on_news()
         if self._window is not None and (self._mode == "await" or self._drains):
             self._update_room()
         self._finish_if_settled()
@@ -653,8 +603,6 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             logger.debug("run %s %s: %s", self.id, state, error)
         self.log.append(Ended(now, (), state, error))
         _wake(self._news)
-        if self.listener is not None:
-            self.listener.on_news()
         for waiting in self._waiting_for.values():
             _wake(waiting)
         self._waiting_for.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import anyio.lowlevel
@@ -69,3 +69,22 @@ class Call(Awaitable[R], Generic[R]):
     def logs(self) -> str:
         """Return what it printed so far: the last 64 KiB, all attempts."""
         return self._run.logs_of(self._index)
+
+
+class Calls(Sequence[Call[R]], Generic[R]):
+    """The calls of a run, made when they are asked for."""
+
+    def __init__(self, run: Run[R], start: int, end: int) -> None:
+        self._run = run
+        self._indexes = range(start, end)
+
+    def __len__(self) -> int:
+        return len(self._indexes)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return [Call(self._run, index) for index in self._indexes[position]]
+        return Call(self._run, self._indexes[position])
+
+    def __iter__(self) -> Iterator[Call[R]]:
+        return (Call(self._run, index) for index in self._indexes)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from asyncrt.backends.base import Backend
     from asyncrt.call import Call
     from asyncrt.config import Config
+    from asyncrt.run import RunListener
+    from asyncrt.serialize import PackedFunction
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class Executor:
         if self._host is not None:
             raise ExecutorClosedError("this executor was opened before: make a new one")
         settings = await anyio.to_thread.run_sync(self._resolve)
-        backend = _choose_backend(settings.pool)
+        backend = choose_backend(settings.pool)
         self._settings = settings
         self._host = _Host()
         try:
@@ -343,9 +345,21 @@ class Executor:
         settings, host = self._opened()
         if options:
             settings = settings.updated(options, only_calls=True)
-        function = host.packer.pack(fn, kwargs)
-        sequences = as_sequences(iterables)
-        pool = host.pool(settings.pool, _choose_backend(settings.pool))
+        return self._begin(host.packer.pack(fn, kwargs), iterables, style, settings)
+
+    def _begin(
+        self,
+        function: PackedFunction,
+        iterables: Any,
+        style: Literal["one", "star", "full"],
+        settings: Settings,
+        *,
+        listener: RunListener | None = None,
+    ) -> Run[Any]:
+        """Start a run of a packed function; ``iterables=None``: it is fed with ``Run.take``."""
+        _, host = self._opened()
+        sequences = None if iterables is None else as_sequences(iterables)
+        pool = host.pool(settings.pool, choose_backend(settings.pool))
         run: Run[Any] = Run(
             _new_run_id(settings.call.name or function.label),
             function,
@@ -353,8 +367,9 @@ class Executor:
             settings.call,
             pool,
             sequences=sequences,
+            listener=listener,
         )
-        if sequences is None:
+        if sequences is None and iterables is not None:
             run.feed_from(iterables)
         pool.add(run)
         run.start()
@@ -406,6 +421,7 @@ class _Host:
         self._ready = asyncio.Event()
         self._group: anyio.abc.TaskGroup | None = None
         self._crash: BaseException | None = None
+        self._pid = os.getpid()
 
     @property
     def closed(self) -> bool:
@@ -443,9 +459,14 @@ class _Host:
         """Refuse use after the end.
 
         Raises:
-            ExecutorClosedError: It was closed.
+            ExecutorClosedError: It was closed, or this process is a fork of the one that has it.
             BaseException: What it crashed with.
         """
+        if os.getpid() != self._pid:
+            raise ExecutorClosedError(
+                "this executor was opened before a fork, in the parent process: "
+                "make a new one in this process"
+            )
         if self._crash is not None and not isinstance(self._crash, asyncio.CancelledError):
             raise self._crash
         if self._group is None:
@@ -489,7 +510,12 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _choose_backend(settings: PoolSettings) -> Backend:
+def choose_backend(settings: PoolSettings) -> Backend:
+    """Return the backend that was asked for.
+
+    Raises:
+        ConfigError: It is not part of this version.
+    """
     if not isinstance(settings.backend, str):
         chosen: Backend = settings.backend
         return chosen

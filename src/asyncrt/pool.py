@@ -373,6 +373,7 @@ class WorkerPool:
         index = chunk.indexes[header["position"]]
         at = header["time"] + link.clock_offset
         run.log.append(Started(at, (index,), chunk.attempt, link.name))
+        run.tell_started(index)
 
     def _on_log(self, header: dict[str, Any], body: Buffer) -> None:
         text = bytes(body)

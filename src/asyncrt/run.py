@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
 import anyio
 
-from asyncrt.call import Call
+from asyncrt.call import Call, Calls
 from asyncrt.dispatcher import RunQueue
 from asyncrt.errors import RunCancelledError, RunDeadlineError
 from asyncrt.events import Cancelled, Ended, EventLog, EventStream, Queued, State, Stats
@@ -29,7 +29,7 @@ _LOG_BYTES: Final = 1 << 23
 _TRIM: Final = 1024
 _QUIET_SECONDS: Final = 10.0
 
-_OPEN, _SUCCEEDED, _FAILED, _CANCELLED, _DELIVERED = range(5)
+_OPEN, SUCCEEDED, FAILED, CANCELLED, _DELIVERED = range(5)
 _Style = Literal["one", "star", "full"]
 
 
@@ -47,6 +47,19 @@ class RunOwner(Protocol):
 
     def forget(self, run: Run[Any]) -> None:
         """All calls are settled."""
+
+
+class RunListener(Protocol):
+    """Who is told what becomes of the calls, instead of waiting for them. In the event loop."""
+
+    def started(self, run: Run[Any], index: int) -> None:
+        """A worker reports that a call is running."""
+
+    def settled(self, run: Run[Any], indexes: Sequence[int]) -> None:
+        """Calls have ended. ``Run.collect`` gives their outcomes."""
+
+    def ended(self, run: Run[Any], error: BaseException | None) -> None:
+        """Nothing more will happen. Calls that were not settled share the error."""
 
 
 class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
@@ -77,6 +90,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         owner: RunOwner,
         *,
         sequences: Sequence[Sequence[Any]] | None,
+        listener: RunListener | None = None,
     ) -> None:
         self.id = run_id
         self.function = function
@@ -93,6 +107,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self.feed: Feed | None = None
         self.quiet = asyncio.Event()  # no worker has any call of it
         self._owner = owner
+        self._listener = listener
         self._sequences = sequences
         self._inputs: dict[int, Any] = {}
         self._total = None if sequences is None else min(len(items) for items in sequences)
@@ -125,7 +140,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     @property
     def calls(self) -> Sequence[Call[R]]:
         """The calls; of an input without a size, those that are not delivered yet."""
-        return _Calls(self, self._base, self._taken)
+        return Calls(self, self._base, self._taken)
 
     @property
     def stats(self) -> Stats:
@@ -254,10 +269,13 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._sequences is None:
             self._states[index - self._base] = _DELIVERED
             self._values[index - self._base] = None
-            if self._states.startswith(b"\4" * _TRIM):
-                del self._states[:_TRIM], self._values[:_TRIM]
-                self._base += _TRIM
+            self._forget_delivered()
         self._update_room()
+
+    def _forget_delivered(self) -> None:
+        while self._states.startswith(b"\4" * _TRIM):
+            del self._states[:_TRIM], self._values[:_TRIM]
+            self._base += _TRIM
 
     # -- cancelling -------------------------------------------------------------------------------
 
@@ -300,15 +318,15 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         """Return the result of one call. See ``Call``."""
         while True:
             state = self._state_of(index)
-            if state == _SUCCEEDED:
+            if state == SUCCEEDED:
                 return cast("R", self._values[index - self._base])
-            if state == _FAILED:
+            if state == FAILED:
                 raise self._values[index - self._base]
             if state == _DELIVERED:
                 raise RuntimeError(f"the result of call {index} was delivered and is not kept")
             if self._error is not None and self._state == "failed":
                 raise self._error  # of the run: its input, its workers, another call
-            if state == _CANCELLED or self._done.is_set():
+            if state == CANCELLED or self._done.is_set():
                 raise RunCancelledError(f"call {index} of run {self.id} was cancelled")
             settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             waiting = self._waiting_for.setdefault(index, set())
@@ -334,9 +352,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         state = self._state_of(index)
         if state == _OPEN:
             return "sent" if self._is_sent(index) else "queued"
-        if state == _FAILED:
+        if state == FAILED:
             return "failed"
-        return "cancelled" if state == _CANCELLED else "succeeded"
+        return "cancelled" if state == CANCELLED else "succeeded"
 
     def _is_sent(self, index: int) -> bool:
         return any(index in chunk.indexes for chunk in self.queue.chunks.values())
@@ -347,21 +365,53 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             if failure.index == index:
                 return failure.attempts
         tried = self.queue.failures.get(index, 0) + self.queue.losses.get(index, 0)
-        ended = self._state_of(index) in (_SUCCEEDED, _DELIVERED)
+        ended = self._state_of(index) in (SUCCEEDED, _DELIVERED)
         return tried + 1 if ended or self._is_sent(index) else tried
 
     def outcome_of(self, index: int) -> Success[R] | Failure | None:
         """Return how a call ended."""
         state = self._state_of(index)
-        if state == _SUCCEEDED:
+        if state == SUCCEEDED:
             return Success(self._values[index - self._base])
-        if state in (_FAILED, _CANCELLED):
+        if state in (FAILED, CANCELLED):
             return next((failure for failure in self._failures if failure.index == index), None)
         return None
 
     def logs_of(self, index: int) -> str:
         """Return what a call printed."""
         return self._logs.get(index, b"").decode("utf-8", "replace")
+
+    # -- in bulk, for listeners -------------------------------------------------------------------
+
+    def settled_ahead(self) -> range:
+        """Return the calls that come next in input order, as far as they are settled."""
+        end = self._states.find(_OPEN, self._next - self._base, self._taken - self._base)
+        return range(self._next, self._taken if end < 0 else self._base + end)
+
+    def collect(self, indexes: Sequence[int]) -> tuple[list[Any], bytes]:
+        """Hand out settled calls, and forget them: values or errors, and a state of each."""
+        base = self._base
+        if isinstance(indexes, range) and indexes:
+            part = slice(indexes.start - base, indexes.stop - base)
+            values, states = self._values[part], bytes(self._states[part])
+            self._values[part] = [None] * len(values)
+            self._states[part] = bytes((_DELIVERED,)) * len(values)
+            self._next = max(self._next, indexes.stop)
+        else:
+            values = [self._values[index - base] for index in indexes]
+            states = bytes(self._states[index - base] for index in indexes)
+            for index in indexes:
+                self._values[index - base] = None
+                self._states[index - base] = _DELIVERED
+        self._delivered += len(values)
+        if self._sequences is None:
+            self._forget_delivered()
+        return values, states
+
+    def tell_started(self, index: int) -> None:
+        """Learn that a worker runs a call."""
+        if self._listener is not None:
+            self._listener.started(self, index)
 
     # -- what the pool tells ----------------------------------------------------------------------
 
@@ -437,7 +487,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         else:
             for index, value in zip(indexes, values, strict=True):
                 self._values[index - base] = value
-                self._states[index - base] = _SUCCEEDED
+                self._states[index - base] = SUCCEEDED
         self._after_settling(indexes)
 
     def settle_failure(
@@ -447,7 +497,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._done.is_set():
             return
         self._values[index - self._base] = error
-        self._states[index - self._base] = _CANCELLED if cancelled else _FAILED
+        self._states[index - self._base] = CANCELLED if cancelled else FAILED
         self._failures.append(Failure(index, error, attempts))
         if cancelled:
             self.log.append(Cancelled(self._now(), (index,)))
@@ -460,7 +510,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._inputs:
             for index in indexes:
                 self._inputs.pop(index, None)
-        if self._mode != "await":
+        if self._listener is not None:
+            self._listener.settled(self, indexes)
+        elif self._mode != "await":
             self._completed_batches.append(indexes)
         if self._waiting_for:
             for index in indexes:
@@ -517,7 +569,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
                 if known == _OPEN
             ]
             for index in left:
-                self._states[index - self._base] = _CANCELLED
+                self._states[index - self._base] = CANCELLED
             self.log.append(Cancelled(now, left))
             self._owner.give_up(self)
         else:
@@ -530,6 +582,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         for waiting in self._waiting_for.values():
             _wake(waiting)
         self._waiting_for.clear()
+        if self._listener is not None:
+            self._listener.ended(self, error)
 
     def add_log(self, index: int, text: bytes) -> None:
         """Keep what a call printed: the last 64 KiB of each, 8 MiB in all."""
@@ -547,22 +601,3 @@ def _wake(waiting: Any) -> None:
     for future in waiting:
         if not future.done():
             future.set_result(None)
-
-
-class _Calls(Sequence[Call[R]], Generic[R]):
-    """The calls of a run, made when they are asked for."""
-
-    def __init__(self, run: Run[R], start: int, end: int) -> None:
-        self._run = run
-        self._indexes = range(start, end)
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return [Call(self._run, index) for index in self._indexes[position]]
-        return Call(self._run, self._indexes[position])
-
-    def __iter__(self) -> Iterator[Call[R]]:
-        return (Call(self._run, index) for index in self._indexes)

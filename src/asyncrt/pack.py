@@ -23,6 +23,7 @@ _UNCHECKED: Final = 0b01  # bytecode valid by hash, not checked
 _ONLY_BYTECODE: Final = (
     "asyncrt/inside.py",
     "asyncrt/worker/child.py",
+    "asyncrt/worker/initializer.py",
     "asyncrt/worker/payload.py",
 )
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)

@@ -373,7 +373,8 @@ class WorkerPool:
         index = chunk.indexes[header["position"]]
         at = header["time"] + link.clock_offset
         run.log.append(Started(at, (index,), chunk.attempt, link.name))
-        run.tell_started(index)
+        if run.listener is not None:
+            run.listener.started(run, index)
 
     def _on_log(self, header: dict[str, Any], body: Buffer) -> None:
         text = bytes(body)

@@ -107,7 +107,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self.feed: Feed | None = None
         self.quiet = asyncio.Event()  # no worker has any call of it
         self._owner = owner
-        self._listener = listener
+        self.listener = listener
         self._sequences = sequences
         self._inputs: dict[int, Any] = {}
         self._total = None if sequences is None else min(len(items) for items in sequences)
@@ -398,20 +398,15 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             self._states[part] = bytes((_DELIVERED,)) * len(values)
             self._next = max(self._next, indexes.stop)
         else:
-            values = [self._values[index - base] for index in indexes]
-            states = bytes(self._states[index - base] for index in indexes)
-            for index in indexes:
-                self._values[index - base] = None
-                self._states[index - base] = _DELIVERED
+            at = [index - base for index in indexes]
+            values = [self._values[position] for position in at]
+            states = bytes(self._states[position] for position in at)
+            for position in at:
+                self._values[position], self._states[position] = None, _DELIVERED
         self._delivered += len(values)
         if self._sequences is None:
             self._forget_delivered()
         return values, states
-
-    def tell_started(self, index: int) -> None:
-        """Learn that a worker runs a call."""
-        if self._listener is not None:
-            self._listener.started(self, index)
 
     # -- what the pool tells ----------------------------------------------------------------------
 
@@ -510,8 +505,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._inputs:
             for index in indexes:
                 self._inputs.pop(index, None)
-        if self._listener is not None:
-            self._listener.settled(self, indexes)
+        if self.listener is not None:
+            self.listener.settled(self, indexes)
         elif self._mode != "await":
             self._completed_batches.append(indexes)
         if self._waiting_for:
@@ -582,8 +577,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         for waiting in self._waiting_for.values():
             _wake(waiting)
         self._waiting_for.clear()
-        if self._listener is not None:
-            self._listener.ended(self, error)
+        if self.listener is not None:
+            self.listener.ended(self, error)
 
     def add_log(self, index: int, text: bytes) -> None:
         """Keep what a call printed: the last 64 KiB of each, 8 MiB in all."""

@@ -137,8 +137,8 @@ class Executor(_StandardExecutor):
             check_count("max_tasks_per_child", max_tasks_per_child)
             if initializer is not None and max_tasks_per_child > 1:
                 raise ConfigError(
-                    f"max_tasks_per_child={max_tasks_per_child} would call the initializer for each "
-                    "call: use recycle_memory=... to replace processes that have grown, "
+                    f"max_tasks_per_child={max_tasks_per_child} would call the initializer for "
+                    "each call: use recycle_memory=... to replace processes that have grown, "
                     "or max_tasks_per_child=1",
                     key="max_tasks_per_child",
                     expected="1 or None with an initializer",
@@ -157,7 +157,7 @@ class Executor(_StandardExecutor):
 
     # -- calls ------------------------------------------------------------------------------------
 
-    @overload  # type: ignore[override] # coroutine functions give what they return
+    @overload
     def submit(
         self, fn: Callable[..., Coroutine[Any, Any, R]], /, *args: Any, **kwargs: Any
     ) -> Future[R]: ...
@@ -187,7 +187,7 @@ class Executor(_StandardExecutor):
         core.post_call(future, profile)
         return future
 
-    @overload  # type: ignore[override] # coroutine functions give what they return
+    @overload
     def map(
         self,
         fn: Callable[..., Coroutine[Any, Any, R]],
@@ -423,13 +423,12 @@ class Executor(_StandardExecutor):
         exc_type: type[BaseException] | None,
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
-    ) -> bool:
+    ) -> None:
         """Wait for all calls; after Ctrl-C kill them."""
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
             self._abort()
         else:
             self.shutdown(wait=True)
-        return False
 
     def _wait(self, core: Core, *, stacklevel: int) -> None:
         if core.has_calls():

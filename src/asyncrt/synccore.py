@@ -200,7 +200,7 @@ class Core:
         try:
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
                 runner.run(self._main())
-        except BaseException as error:  # noqa: BLE001 - told to everybody who waits or comes later
+        except BaseException as error:
             logger.debug("the executor has failed", exc_info=error)
             self._broken.setdefault(None, error)
         with self._lock:
@@ -450,7 +450,7 @@ def _at_exit() -> None:
 
 
 # As the standard library's executors do. What ``atexit`` calls comes too late: from Python 3.12 on,
-# neither threads nor processes can be started then (https://github.com/python/cpython/issues/104690),
-# and calls that are waited for may need new workers. A thread that is not a daemon and waits for the
-# main thread would be public, but nothing could end it before.
+# neither threads nor processes can be started then, and calls that are waited for may need new
+# workers (https://github.com/python/cpython/issues/104690). A thread that is not a daemon and waits
+# for the main thread would be a public way, but nothing could end it before.
 threading._register_atexit(_at_exit)  # type: ignore[attr-defined]

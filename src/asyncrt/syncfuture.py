@@ -193,9 +193,7 @@ class Callbacks:
             return
         self._queue.put(functools.partial(_call_back, fn, future))
         if self._thread is None:  # only the event loop's thread comes here
-            self._thread = threading.Thread(
-                target=self._run, name="asyncrt-callbacks", daemon=True
-            )
+            self._thread = threading.Thread(target=self._run, name="asyncrt-callbacks", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
@@ -218,7 +216,7 @@ class Callbacks:
 def _call_back(fn: _Callback, future: concurrent.futures.Future[Any]) -> None:
     try:
         fn(future)
-    except BaseException:  # noqa: BLE001 - the user's own; the next callback must be called
+    except BaseException:
         _futures_logger.exception("exception calling callback for %r", future)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import functools
 import threading
@@ -9,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from asyncrt.errors import ExecutorClosedError, RunCancelledError
 from asyncrt.run import CANCELLED, FAILED, SUCCEEDED
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from asyncrt.serialize import PackedFunction
     from asyncrt.synccore import Core
     from asyncrt.syncfuture import Profile
+
+_FLUSH_SECONDS: Final = 0.002  # waking the other thread takes time from this one
 
 _Batch = tuple[list[Any], bytes]
 
@@ -64,6 +67,9 @@ class MapJob:
         self._error: BaseException | None = None
         self._run: Run[Any] | None = None
         self._running: set[int] = set()
+        self._completed: list[int] = []  # and not handed on, unless in order
+        self._flushed = 0.0
+        self._flush_timer: asyncio.TimerHandle | None = None
         self._left = 0 if self._sequences is None else min(map(len, self._sequences))
 
     # -- who iterates -----------------------------------------------------------------------------
@@ -75,19 +81,18 @@ class MapJob:
             ExecutorClosedError: There is no executor any more.
             BrokenExecutorError: Its workers cannot work.
         """
-        first = self._pull()
-        complete = self._source is None
+        first, complete = self._pull()
         self._core.post_call(functools.partial(self._begin, first, complete), self._profile)
 
-    def _pull(self) -> list[Any]:
-        """Take inputs as far as there is room; no more source: no more inputs."""
+    def _pull(self) -> tuple[list[Any], bool]:
+        """Take inputs as far as there is room; tell whether these were the last ones."""
         if self._source is None:
-            return []
+            return [], True
         found = list(islice(self._source, self._room))
         if len(found) < self._room:
             self._source = None
         self._room -= len(found)
-        return found
+        return found, self._source is None
 
     def pull_more(self) -> None:
         """Take inputs for those whose results were delivered, if they are taken one by one.
@@ -97,10 +102,10 @@ class MapJob:
         """
         if self._source is None or self._core.closed:
             return
-        more = self._pull()
+        more, complete = self._pull()
         if more:
             self._core.post_call(functools.partial(self._take, more), self._profile)
-        if self._source is None:
+        if complete:
             self._core.post(self.end_input)
 
     def delivered(self) -> None:
@@ -208,11 +213,27 @@ class MapJob:
     def settled(self, run: Run[Any], indexes: Sequence[int]) -> None:
         """See ``RunListener``."""
         self._left -= len(indexes)
-        self._running.difference_update(indexes)
-        if self._ordered:
-            indexes = run.settled_ahead()
-            if not indexes:
-                return
+        if self._running:
+            self._running.difference_update(indexes)
+        if not self._ordered:
+            self._completed.extend(indexes)
+        if self._flush_timer is None:
+            loop = asyncio.get_running_loop()
+            wait = self._flushed + _FLUSH_SECONDS - loop.time()
+            if wait > 0:
+                self._flush_timer = loop.call_later(wait, self._flush, run)
+            else:
+                self._flush(run)
+
+    def _flush(self, run: Run[Any]) -> None:
+        """Hand on what can be delivered."""
+        self._flush_timer = None
+        self._flushed = asyncio.get_running_loop().time()
+        indexes: Sequence[int] = run.settled_ahead()
+        if not self._ordered:
+            indexes, self._completed = self._completed, []
+        if not indexes:
+            return
         values, states = batch = run.collect(indexes)
         if FAILED in states:
             for position, state in enumerate(states):
@@ -225,7 +246,9 @@ class MapJob:
 
     def ended(self, run: Run[Any], error: BaseException | None) -> None:
         """See ``RunListener``."""
-        del run
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush(run)
         self._end(None if error is None else self._core.translate(error, self._profile))
 
     def _end(self, error: BaseException | None) -> None:
@@ -265,4 +288,3 @@ def iterate(
         job.check_complete()
     finally:
         job.cancel()
-

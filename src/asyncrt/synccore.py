@@ -98,7 +98,12 @@ class Core:
 
     def has_calls(self) -> bool:
         """Whether waiting for its end may take long."""
-        return bool(self._inbox or any(job.count() for job in tuple(self.jobs)))
+        return self._count() > 0
+
+    def _count(self) -> int:
+        with self._lock:
+            waiting = sum(isinstance(item, Future) for item in self._inbox)
+            return waiting + sum(job.count() for job in tuple(self.jobs))
 
     def check(self, shape: tuple[Any, ...]) -> None:
         """Refuse calls that cannot be run.
@@ -179,9 +184,7 @@ class Core:
     def abort(self) -> int:
         """Close, kill what runs; return how many calls were given up. Does not wait."""
         self.close()
-        with self._lock:
-            calls = sum(job.count() for job in tuple(self.jobs))
-            calls += sum(isinstance(item, Future) for item in self._inbox)
+        calls = self._count()
         self.post(self._abort)
         return calls
 

@@ -82,7 +82,12 @@ class MapJob:
             BrokenExecutorError: Its workers cannot work.
         """
         first, complete = self._pull()
-        self._core.post_call(functools.partial(self._begin, first, complete), self._profile)
+        self._core.jobs.add(self)
+        try:
+            self._core.post_call(functools.partial(self._begin, first, complete), self._profile)
+        except BaseException:
+            self._core.jobs.discard(self)
+            raise
 
     def _pull(self) -> tuple[list[Any], bool]:
         """Take inputs as far as there is room; tell whether these were the last ones."""
@@ -159,7 +164,8 @@ class MapJob:
 
     def _begin(self, first: list[Any], complete: bool) -> None:
         core = self._core
-        core.jobs.add(self)
+        if self._ended:
+            return
         try:
             run = core.begin(self._function, self._sequences, self._style, self._profile, self)
         except Exception as error:  # noqa: BLE001 - of the pool; told to who iterates
@@ -179,8 +185,7 @@ class MapJob:
             self._run.take(more)
 
     def _cancel(self) -> None:
-        if self._run is not None:
-            self._run.abort(RunCancelledError("the results of the map are not wanted any more"))
+        self.abort(RunCancelledError("the results of the map are not wanted any more"))
 
     def end_input(self) -> None:
         """See ``Job``."""
@@ -198,6 +203,8 @@ class MapJob:
         """See ``Job``."""
         if self._run is not None:
             self._run.abort(error)
+        else:
+            self._end(self._core.translate(error, self._profile))
 
     def count(self) -> int:
         """See ``Job``."""

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -186,6 +187,7 @@ class LocalWorker:
         self._hung_up = False
         self._exit: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
         self._watch()
+        _workers.add(self)
 
     @property
     def ended(self) -> bool:
@@ -271,11 +273,30 @@ class LocalWorker:
         if stdin is not None and not self.ended:
             stdin.close()
 
+    def let_go(self) -> None:
+        """Close this process's copies of the pipes: it is a fork of the one that has the worker."""
+        for pipe in (self._process.stdin, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+
     def kill(self) -> None:
         """Kill the worker's parent; its server notices and kills the children."""
         self._hung_up = True
         if not self.ended:
             self._process.kill()
+
+
+# Its standard input is a worker's lifeline: a fork that kept it open would keep the worker alive
+# when this process has hung up, or was killed.
+_workers: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
+
+
+def _let_go_of_workers() -> None:
+    for worker in tuple(_workers):
+        worker.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_workers)
 
 
 class _SocketStream:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from desk import square
+from desk import square, wait_at
 from syncdesk import SyncDesk, open_sync_desk, until
 
 from asyncrt.errors import ExecutorClosedError
@@ -278,8 +278,6 @@ def test_executors_that_are_dropped_leave_nothing(
 
 
 def test_a_dropped_executor_ends_when_its_calls_have_ended(desk: SyncDesk) -> None:
-    from desk import wait_at
-
     executor = Executor(1, echo=False)
     future = executor.submit(wait_at, desk.port, 1)
     desk.arrived(1)
@@ -322,8 +320,6 @@ def in_fork(body: Any) -> int:
 
 
 def test_a_fork_is_told_to_make_an_executor_of_its_own(desk: SyncDesk) -> None:
-    from desk import wait_at
-
     with Executor(1, echo=False) as executor:
         done = executor.submit(square, 2)
         assert done.result() == 4
@@ -336,11 +332,11 @@ def test_a_fork_is_told_to_make_an_executor_of_its_own(desk: SyncDesk) -> None:
                 lambda: executor.submit(square, 1),
                 lambda: executor.map(square, [1]),
                 lambda: executor.with_options(timeout=1).submit(square, 1),
-                lambda: pending.result(),
+                pending.result,
                 lambda: pending.exception(timeout=1),
-                lambda: pending.cancel(),
+                pending.cancel,
                 lambda: next(results),
-                lambda: executor.shutdown(),
+                executor.shutdown,
             ):
                 with pytest.raises(ExecutorClosedError, match="make a new"):
                     use()

@@ -299,3 +299,11 @@ async def test_a_connection_that_is_cut_costs_nothing(monkeypatch: pytest.Monkey
         assert run.stats.retried == 0
     assert len(streams) > 2
     assert psutil.Process().children(recursive=True) == []
+
+
+async def test_workers_that_end_when_idle_are_replaced_when_there_is_work() -> None:
+    async with Executor(max_workers=1, idle_timeout=0.1, echo=False) as executor:
+        for number in range(2):
+            assert await executor.submit(square, number) == number**2
+            while psutil.Process().children():
+                await asyncio.sleep(0.01)

@@ -119,7 +119,8 @@ class LocalPool:
                 lifeline=True,
                 echo=False,
                 sys_path=tuple(entry or str(Path.cwd()) for entry in sys.path),
-                remove=(str(path), str(self._program), str(self._directory)),
+                remove=(str(path),),
+                remove_abandoned=(str(self._program), str(self._directory)),
             )
             process = await self._start_process(listener.fileno(), settings, group)
         except OSError as error:

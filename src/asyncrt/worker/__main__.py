@@ -33,10 +33,12 @@ def serve(source: str) -> int:
         os.set_inheritable(settings.listen_fd, False)
     else:
         listener = socket.create_server(("127.0.0.1", settings.listen_port))
+    parent = Parent(settings, listener)
     try:
-        return Parent(settings, listener).run(lifeline=lifeline)
+        return parent.run(lifeline=lifeline)
     finally:
-        for path in settings.remove:
+        # A client that is there may still start workers with these files, and removes them itself.
+        for path in settings.remove + (settings.remove_abandoned if parent.abandoned else ()):
             with contextlib.suppress(OSError):
                 if os.path.isdir(path):
                     os.rmdir(path)  # the last worker of a pool succeeds

@@ -61,6 +61,7 @@ class Parent:
             on_frame=self._on_server,
             on_template_lost=self._on_template_lost,
         )
+        self.abandoned = False  # the client is gone for good
         self._ending: str | None = None
         self._terminated = False
         self._exit_code = 0
@@ -218,7 +219,9 @@ class Parent:
             if connection is not None and self._now - connection.last_heard > silence:
                 self._drop(connection)
         absent = self._now - self._last_client if self._client is None else 0.0
-        if absent > self._settings.orphan_timeout or self._now >= self._end_at:
+        if absent > self._settings.orphan_timeout:
+            self.abandoned = True
+        if self.abandoned or self._now >= self._end_at:
             self._ending = "quit"
 
     def _facts(self) -> dict[str, Any]:
@@ -515,6 +518,7 @@ class Parent:
 
     def _on_lifeline(self, lifeline: int) -> None:
         if not os.read(lifeline, 512):
+            self.abandoned = True
             self._ending = "quit"
 
     def _terminate(self) -> None:

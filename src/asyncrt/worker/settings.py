@@ -19,6 +19,7 @@ class WorkerSettings(NamedTuple):
         echo: Whether to write what calls print to the worker's own output, too.
         sys_path: Entries for ``sys.path`` of the children.
         remove: Files, then directories, to remove at the end.
+        remove_abandoned: The same, if the client is gone.
     """
 
     token: bytes
@@ -37,6 +38,7 @@ class WorkerSettings(NamedTuple):
     echo: bool = True
     sys_path: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
+    remove_abandoned: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the settings on one line."""
@@ -51,6 +53,6 @@ class WorkerSettings(NamedTuple):
         """
         found: dict[str, Any] = json.loads(text)
         found["token"] = bytes.fromhex(found["token"])
-        for name in ("sys_path", "remove"):
+        for name in ("sys_path", "remove", "remove_abandoned"):
             found[name] = tuple(found.get(name, ()))
         return cls(**found)

@@ -87,7 +87,8 @@ def test_it_holds_only_what_may_travel(program: Path) -> None:
         assert archive.testzip() is None
     package = Path(asyncrt.__file__).parent
     worker = {f"asyncrt/worker/{path.stem}" for path in (package / "worker").glob("*.py")}
-    light = {f"asyncrt/{name}" for name in ("__init__", "errors", "inside", "placeholder")}
+    worker.remove("asyncrt/worker/nosync")  # it is the ``sync`` of a worker
+    light = {f"asyncrt/{name}" for name in ("__init__", "errors", "inside", "placeholder", "sync")}
     modules = {name.rpartition(".")[0] for name in names}
     assert {name for name in modules if name.startswith("asyncrt/")} == worker | light
     others = {name for name in modules if not name.startswith("asyncrt/")}
@@ -115,7 +116,8 @@ def test_its_bytecode_is_what_these_sources_compile_to(program: Path) -> None:
     with zipfile.ZipFile(program) as archive:
         for name in archive.namelist():
             if name.startswith("asyncrt/") and name.endswith(".pyc"):
-                source = (package.parent / name[:-1]).read_bytes()
+                path = name[:-1].replace("asyncrt/sync.py", "asyncrt/worker/nosync.py")
+                source = (package.parent / path).read_bytes()
                 assert archive.read(name)[8:16] == source_hash(source), name
             elif name.startswith("asyncrt/"):
                 packed = archive.read(name)
@@ -231,7 +233,13 @@ def test_it_runs_from_a_file_of_settings_and_serves_a_tcp_port(
 
 def test_settings_survive_their_text() -> None:
     settings = WorkerSettings(
-        bytes(range(32)), "1", "2", memory_bytes=5, sys_path=("a", "b"), remove=("c",)
+        bytes(range(32)),
+        "1",
+        "2",
+        memory_bytes=5,
+        sys_path=("a", "b"),
+        remove=("c",),
+        remove_last=("d",),
     )
     text = settings.to_json()
     assert "\n" not in text

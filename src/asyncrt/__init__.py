@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asyncrt import sync
     from asyncrt.call import Call
     from asyncrt.config import Config, load_config
     from asyncrt.errors import (
@@ -121,10 +122,13 @@ __all__ = [
     "connect",
     "current_call",
     "load_config",
+    "sync",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "sync":
+        return import_module("asyncrt.sync")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'asyncrt' has no attribute {name!r}")

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from asyncrt.backends.base import Backend
     from asyncrt.call import Call
     from asyncrt.config import Config
+    from asyncrt.run import RunListener
+    from asyncrt.serialize import PackedFunction
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class Executor:
         if self._host is not None:
             raise ExecutorClosedError("this executor was opened before: make a new one")
         settings = await anyio.to_thread.run_sync(self.resolve)
-        backend = _choose_backend(settings.pool)
+        backend = choose_backend(settings.pool)
         self._host = _Host()
         try:
             await self._host.start()
@@ -397,12 +399,11 @@ class Executor:
         Raises:
             ConfigError: A bad ``fan_in``, ``spawn_reducer`` or option. Otherwise as ``map``.
         """
-        check_count("fan_in", fan_in, optional=True, least=2)
-        check_number("spawn_reducer", spawn_reducer, least=0.0, most=1.0)
+        check_reduction(fan_in, spawn_reducer)
         settings, host = self._opened()
         mine = settings.updated(options, only_calls=True)
         host.packer.pack(reduce_fn, {}, mine.call)  # what is wrong is told before anything starts
-        reducer = self._view(
+        reducer = self.view(
             replace(mine, call=mine.call.of_single_calls(f"reduce-{label_of(reduce_fn)}"))
         )
         run = self.map(fn, iterable, kwargs=kwargs, **options)
@@ -435,9 +436,10 @@ class Executor:
         settings = mine.updated(options)
         if settings.pool.shape() == mine.pool.shape():
             _check_shared(mine.pool, settings.pool)
-        return self._view(settings)
+        return self.view(settings)
 
-    def _view(self, settings: Settings) -> Executor:
+    def view(self, settings: Settings) -> Executor:
+        """Return a view with settings that are checked already."""
         view = _View()
         view._settings = settings
         view._host = self._host
@@ -477,10 +479,13 @@ class Executor:
         iterables: Any,
         style: Literal["one", "star", "full"],
         settings: Settings,
+        *,
+        listener: RunListener | None = None,
     ) -> Run[Any]:
+        """Start a run of a packed function; ``iterables=None``: it is fed with ``Run.take``."""
         _, host = self._opened()
-        sequences = as_sequences(iterables)
-        pool = host.pool(settings.pool, _choose_backend(settings.pool))
+        sequences = None if iterables is None else as_sequences(iterables)
+        pool = host.pool(settings.pool, choose_backend(settings.pool))
         run: Run[Any] = Run(
             _new_run_id(settings.call.name or function.label),
             function,
@@ -488,8 +493,9 @@ class Executor:
             settings.call,
             pool,
             sequences=sequences,
+            listener=listener,
         )
-        if sequences is None:
+        if sequences is None and iterables is not None:
             run.feed_from(iterables)
         pool.add(run)
         run.start()
@@ -543,6 +549,7 @@ class _Host:
         self._ready = asyncio.Event()
         self._group: anyio.abc.TaskGroup | None = None
         self._crash: BaseException | None = None
+        self._pid = os.getpid()
 
     @property
     def closed(self) -> bool:
@@ -580,9 +587,14 @@ class _Host:
         """Refuse use after the end.
 
         Raises:
-            ExecutorClosedError: It was closed.
+            ExecutorClosedError: It was closed, or this process is a fork of the one that has it.
             BaseException: What it crashed with.
         """
+        if os.getpid() != self._pid:
+            raise ExecutorClosedError(
+                "this executor was opened before a fork, in the parent process: "
+                "make a new one in this process"
+            )
         if self._crash is not None and not isinstance(self._crash, asyncio.CancelledError):
             raise self._crash
         if self._group is None:
@@ -650,7 +662,22 @@ def _check_shared(there: PoolSettings, wanted: PoolSettings) -> None:
             )
 
 
-def _choose_backend(settings: PoolSettings) -> Backend:
+def check_reduction(fan_in: int | None, spawn_reducer: float) -> None:
+    """Refuse bad values of two options of ``map_reduce``.
+
+    Raises:
+        ConfigError: With what is expected.
+    """
+    check_count("fan_in", fan_in, optional=True, least=2)
+    check_number("spawn_reducer", spawn_reducer, least=0.0, most=1.0)
+
+
+def choose_backend(settings: PoolSettings) -> Backend:
+    """Return the backend that was asked for.
+
+    Raises:
+        ConfigError: It is not part of this version.
+    """
     if not isinstance(settings.backend, str):
         chosen: Backend = settings.backend
         return chosen

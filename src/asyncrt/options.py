@@ -27,7 +27,7 @@ from asyncrt.checks import (
     nearest,
 )
 from asyncrt.errors import ConfigError
-from asyncrt.quantities import parse_cpu, parse_memory, parse_limit
+from asyncrt.quantities import parse_cpu, parse_limit, parse_memory
 
 BACKENDS: Final = ("local", "docker", "k8s")
 
@@ -136,12 +136,6 @@ class RunOptions(TypedDict, total=False):
     modules_limit: str | int
 
 
-class BlockingCallOptions(RunOptions, total=False):
-    """Options of ``map`` and ``starmap`` of the blocking face, beside those it names itself."""
-
-    return_exceptions: bool
-
-
 class CommonCallOptions(RunOptions, total=False):
     """``CallOptions`` without the one that changes what a run gives."""
 
@@ -156,8 +150,8 @@ class CallOptions(CommonCallOptions, total=False):
     return_exceptions: bool
 
 
-class ExecutorOptions(CallOptions, total=False):
-    """Options of the constructor and of ``with_options``."""
+class PoolOptions(TypedDict, total=False):
+    """Options of the workers, but how many there may be."""
 
     backend: Any
     runtime: str | None
@@ -166,7 +160,6 @@ class ExecutorOptions(CallOptions, total=False):
     slots: int
     env: Mapping[str, str]
     min_workers: int
-    max_workers: int | None
     idle_timeout: float | None
     start_timeout: float
     orphan_timeout: float
@@ -176,6 +169,12 @@ class ExecutorOptions(CallOptions, total=False):
     spill_limit: str | int
     store: str | None
     echo: bool
+
+
+class ExecutorOptions(CallOptions, PoolOptions, total=False):
+    """Options of the constructor and of ``with_options``."""
+
+    max_workers: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,9 @@ _UNCHECKED: Final = 0b01  # bytecode valid by hash, not checked
 _ONLY_BYTECODE: Final = (
     "asyncrt/inside.py",
     "asyncrt/placeholder.py",
+    "asyncrt/sync.py",
     "asyncrt/worker/child.py",
+    "asyncrt/worker/initializer.py",
     "asyncrt/worker/payload.py",
 )
 _NO_COLUMNS: Final = 13
@@ -45,6 +47,7 @@ def pack_worker() -> bytes:
     package = Path(__file__).parent
     members = {f"asyncrt/{name}": package / name for name in _LIGHT_MODULES}
     members |= _sources(package / "worker", "asyncrt/worker")
+    members["asyncrt/sync.py"] = members.pop("asyncrt/worker/nosync.py")
     members |= _sources(Path(cloudpickle.__file__).parent, "cloudpickle")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:

@@ -422,6 +422,8 @@ class WorkerPool:
         index = chunk.indexes[header["position"]]
         at = header["time"] + link.clock_offset
         run.log.append(Started(at, (index,), chunk.attempt, link.name))
+        if run.listener is not None:
+            run.listener.started(run, index)
         self._act(self._dispatcher.started(chunk, header["position"], at=at, now=self._now()))
 
     def _on_log(self, link: Link, header: dict[str, Any], body: Buffer) -> None:

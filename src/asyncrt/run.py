@@ -32,7 +32,7 @@ DEFAULT_WINDOW: Final = 1000
 _TRIM: Final = 1024
 _QUIET_SECONDS: Final = 10.0
 
-_OPEN, _SUCCEEDED, _FAILED, _CANCELLED, _DELIVERED = range(5)
+_OPEN, SUCCEEDED, FAILED, CANCELLED, _DELIVERED = range(5)
 _Style = Literal["one", "star", "full"]
 
 
@@ -50,6 +50,19 @@ class RunOwner(Protocol):
 
     def forget(self, run: Run[Any]) -> None:
         """All calls are settled."""
+
+
+class RunListener(Protocol):
+    """Who is told what becomes of the calls, instead of waiting for them. In the event loop."""
+
+    def started(self, run: Run[Any], index: int) -> None:
+        """A worker reports that a call is running."""
+
+    def settled(self, run: Run[Any], indexes: Sequence[int]) -> None:
+        """Calls have ended. ``Run.collect`` gives their outcomes."""
+
+    def ended(self, run: Run[Any], error: BaseException | None) -> None:
+        """Nothing more will happen. Calls that were not settled share the error."""
 
 
 class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
@@ -80,6 +93,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         owner: RunOwner,
         *,
         sequences: Sequence[Sequence[Any]] | None,
+        listener: RunListener | None = None,
     ) -> None:
         self.id = run_id
         self.function = function
@@ -97,6 +111,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         self.feed: Feed | None = None
         self.quiet = asyncio.Event()  # no worker has any call of it
         self._owner = owner
+        self.listener = listener
         self._sequences = sequences
         self._inputs: dict[int, Any] = {}
         self._total = None if sequences is None else min(len(items) for items in sequences)
@@ -303,10 +318,13 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             self._values[index - self._base] = None
             if len(self._failures) > DEFAULT_WINDOW:  # an endless input may have endless failures
                 del self._failures[next(iter(self._failures))]
-            if self._states.startswith(b"\4" * _TRIM):
-                del self._states[:_TRIM], self._values[:_TRIM]
-                self._base += _TRIM
+            self._forget_delivered()
         self._update_room()
+
+    def _forget_delivered(self) -> None:
+        while self._states.startswith(b"\4" * _TRIM):
+            del self._states[:_TRIM], self._values[:_TRIM]
+            self._base += _TRIM
 
     # -- cancelling -------------------------------------------------------------------------------
 
@@ -353,18 +371,18 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         """Return the result of one call. See ``Call``."""
         while True:
             state = self._state_of(index)
-            if state == _SUCCEEDED:
+            if state == SUCCEEDED:
                 value = self._values[index - self._base]
                 if isinstance(value, Deferred):
                     value = await anyio.to_thread.run_sync(value.load)
                 return cast("R", value)
-            if state == _FAILED:
+            if state == FAILED:
                 raise self._values[index - self._base]
             if state == _DELIVERED:
                 raise RuntimeError(f"the result of call {index} was delivered and is not kept")
             if self._error is not None and self._state == "failed":
                 raise self._error  # of the run: its input, its workers, another call
-            if state == _CANCELLED or self._done.is_set():
+            if state == CANCELLED or self._done.is_set():
                 raise RunCancelledError(f"call {index} of run {self.id} was cancelled")
             settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             waiting = self._waiting_for.setdefault(index, set())
@@ -384,7 +402,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if index < self._base:
             return _DELIVERED
         if self.is_single and not self._taken:
-            return _CANCELLED if self._done.is_set() else _OPEN
+            return CANCELLED if self._done.is_set() else _OPEN
         return self._states[index - self._base]
 
     def status_of(
@@ -394,9 +412,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         state = self._state_of(index)
         if state == _OPEN:
             return "sent" if self._is_sent(index) else "queued"
-        if state == _FAILED:
+        if state == FAILED:
             return "failed"
-        return "cancelled" if state == _CANCELLED else "succeeded"
+        return "cancelled" if state == CANCELLED else "succeeded"
 
     def _is_sent(self, index: int) -> bool:
         return self._count_sent(index) > 0
@@ -411,18 +429,45 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             return self._failures[index].attempts
         queue = self.queue
         tried = sum(tries.get(index, 0) for tries in (queue.failures, queue.losses, queue.copied))
-        ended = self._state_of(index) in (_SUCCEEDED, _DELIVERED)
+        ended = self._state_of(index) in (SUCCEEDED, _DELIVERED)
         return tried + 1 if ended or self._is_sent(index) else tried
 
     def outcome_of(self, index: int) -> Success[R] | Failure | None:
         """Return how a call ended."""
         state = self._state_of(index)
-        if state == _SUCCEEDED:
+        if state == SUCCEEDED:
             value = self._values[index - self._base]
             return Success(value.load() if isinstance(value, Deferred) else value)
-        if state in (_FAILED, _CANCELLED):
+        if state in (FAILED, CANCELLED):
             return self._failures.get(index)
         return None
+
+    # -- in bulk, for listeners -------------------------------------------------------------------
+
+    def settled_ahead(self) -> range:
+        """Return the calls that come next in input order, as far as they are settled."""
+        end = self._states.find(_OPEN, self._next - self._base, self._taken - self._base)
+        return range(self._next, self._taken if end < 0 else self._base + end)
+
+    def collect(self, indexes: Sequence[int]) -> tuple[list[Any], bytes]:
+        """Hand out settled calls, and forget them: values or errors, and a state of each."""
+        base = self._base
+        if isinstance(indexes, range) and indexes:
+            part = slice(indexes.start - base, indexes.stop - base)
+            values, states = self._values[part], bytes(self._states[part])
+            self._values[part] = [None] * len(values)
+            self._states[part] = bytes((_DELIVERED,)) * len(values)
+            self._next = max(self._next, indexes.stop)
+        else:
+            at = [index - base for index in indexes]
+            values = [self._values[position] for position in at]
+            states = bytes(self._states[position] for position in at)
+            for position in at:
+                self._values[position], self._states[position] = None, _DELIVERED
+        self._delivered += len(values)
+        if self._sequences is None:
+            self._forget_delivered()
+        return values, states
 
     # -- what the pool tells ----------------------------------------------------------------------
 
@@ -499,7 +544,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         else:
             for index, value in zip(indexes, values, strict=True):
                 self._values[index - base] = value
-                self._states[index - base] = _SUCCEEDED
+                self._states[index - base] = SUCCEEDED
         self._after_settling(indexes)
 
     def settle_failure(
@@ -509,7 +554,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._done.is_set():
             return
         self._values[index - self._base] = error
-        self._states[index - self._base] = _CANCELLED if cancelled else _FAILED
+        self._states[index - self._base] = CANCELLED if cancelled else FAILED
         self._failures[index] = Failure(index, error, attempts)
         self._after_settling((index,))
         if not self.settings.return_exceptions:
@@ -520,7 +565,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._inputs:
             for index in indexes:
                 self._inputs.pop(index, None)
-        if self._keeps_order_of_completion:
+        if self.listener is not None:
+            self.listener.settled(self, indexes)
+        elif self._keeps_order_of_completion:
             self._completed_batches.append(indexes)
         if self._waiting_for:
             for index in indexes:
@@ -592,7 +639,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
                 if known == _OPEN
             ]
             for index in left:
-                self._states[index - self._base] = _CANCELLED
+                self._states[index - self._base] = CANCELLED
             sent = sum(chunk.left for chunk in self.queue.chunks.values())
             self.log.append(Cancelled(now, left, sent))
             self._owner.give_up(self)
@@ -606,6 +653,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         for waiting in self._waiting_for.values():
             _wake(waiting)
         self._waiting_for.clear()
+        if self.listener is not None:
+            self.listener.ended(self, error)
 
 
 def _wake(waiting: Any) -> None:

@@ -203,9 +203,9 @@ class LocalWorker:
         self._group = group
         self._tail = b""
         self._hung_up = False
-        _note_lifeline(self)
         self._exit: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
         self._watch()
+        _workers.add(self)
 
     @property
     def ended(self) -> bool:
@@ -288,11 +288,6 @@ class LocalWorker:
         """Return when the process is gone."""
         return await asyncio.shield(self._exit)
 
-    def let_go(self) -> None:
-        """Hold the lifeline no longer, in a process that was forked from the client's."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-
     def hang_up(self) -> None:
         """Let the worker end at once: the end of its standard input means that."""
         self._hung_up = True
@@ -300,11 +295,30 @@ class LocalWorker:
         if stdin is not None and not self.ended:
             stdin.close()
 
+    def let_go(self) -> None:
+        """Close this process's copies of the pipes: it is a fork of the one that has the worker."""
+        for pipe in (self._process.stdin, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+
     def kill(self) -> None:
         """Kill the worker's parent; its server notices and kills the children."""
         self._hung_up = True
         if not self.ended:
             self._process.kill()
+
+
+# Its standard input is a worker's lifeline: a fork that kept it open would keep the worker alive
+# when this process has hung up, or was killed.
+_workers: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
+
+
+def _let_go_of_workers() -> None:
+    for worker in tuple(_workers):
+        worker.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_workers)
 
 
 class _SocketStream:
@@ -384,24 +398,6 @@ class _SocketStream:
             self._socket.close()
             self._writing.clear()
             self._receiver.closed(error)
-
-
-_lifelines: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
-_is_fork_noted = False
-
-
-def _note_lifeline(worker: LocalWorker) -> None:
-    """Let processes that are forked from this one not keep its workers alive."""
-    global _is_fork_noted  # noqa: PLW0603 - handlers of forks cannot be taken back
-    _lifelines.add(worker)
-    if not _is_fork_noted:
-        os.register_at_fork(after_in_child=_let_go_of_lifelines)
-        _is_fork_noted = True
-
-
-def _let_go_of_lifelines() -> None:
-    for worker in tuple(_lifelines):
-        worker.let_go()
 
 
 def _remove(program: Path, directory: Path) -> None:

@@ -44,7 +44,7 @@ def serve(source: str) -> int:
         return parent.run(lifeline=lifeline)
     finally:
         remove(settings.modules)  # the server did, if it could
-        for path in settings.remove + (settings.remove_last if parent.client_is_gone else ()):
+        for path in settings.remove + (settings.remove_last if parent.abandoned else ()):
             with contextlib.suppress(OSError):
                 if os.path.isdir(path):
                     os.rmdir(path)  # the last worker of a pool succeeds

@@ -66,7 +66,7 @@ class Parent:
             on_frame=self._on_server,
             on_template_lost=self._on_template_lost,
         )
-        self.client_is_gone = False
+        self.abandoned = False
         self._ending: str | None = None
         self._terminated = False
         self._exit_code = 0
@@ -225,7 +225,9 @@ class Parent:
             if connection is not None and self._now - connection.last_heard > silence:
                 self._drop(connection)
         absent = self._now - self._last_client if self._client is None else 0.0
-        if absent > self._settings.orphan_timeout or self._now >= self._end_at:
+        if absent > self._settings.orphan_timeout:
+            self.abandoned = True
+        if self.abandoned or self._now >= self._end_at:
             self._ending = "quit"
 
     def _facts(self) -> dict[str, Any]:
@@ -560,7 +562,7 @@ class Parent:
 
     def _on_lifeline(self, lifeline: int) -> None:
         if not os.read(lifeline, 512):
-            self.client_is_gone = True
+            self.abandoned = True
             self._ending = "quit"
 
     def _terminate(self) -> None:

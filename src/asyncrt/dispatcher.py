@@ -253,10 +253,6 @@ class Dispatcher:
                     actions += self._fail(chunk, chunk.indexes[position], error, now)
             news = [position for position in news if position not in failures]
         run.settled += len(news)
-        for tried in (run.failures, run.losses):
-            if tried:
-                for position in news:
-                    tried.pop(chunk.indexes[position], None)
         if run.copies:
             actions += self._supersede(chunk, news)
         worker = self._workers.get(chunk.worker)

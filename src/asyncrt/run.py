@@ -316,6 +316,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._sequences is None:
             self._states[index - self._base] = _DELIVERED
             self._values[index - self._base] = None
+            queue = self.queue
+            for tried in (queue.failures, queue.losses, queue.copied):
+                tried.pop(index, None)
             if len(self._failures) > DEFAULT_WINDOW:  # an endless input may have endless failures
                 del self._failures[next(iter(self._failures))]
             self._forget_delivered()

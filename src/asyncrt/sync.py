@@ -31,7 +31,8 @@ from asyncrt.checks import check_count
 from asyncrt.config import Config, load_config
 from asyncrt.errors import ConfigError
 from asyncrt.executor import Executor as AsyncExecutor
-from asyncrt.executor import check_reduction, choose_backend
+from asyncrt.executor import check_reduction
+from asyncrt.host import choose_backend
 from asyncrt.options import PoolOptions, RunOptions, Settings
 from asyncrt.run import Run
 from asyncrt.serialize import PackedFunction, check_function

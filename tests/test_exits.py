@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from desk import Wait, kill_self_once, kill_server, open_desk, square
+from syncdesk import until
 
 from asyncrt import Executor, Retry, Run
 from asyncrt.backends.local import LocalPool, LocalWorker
@@ -305,5 +306,4 @@ async def test_workers_that_end_when_idle_are_replaced_when_there_is_work() -> N
     async with Executor(max_workers=1, idle_timeout=0.1, echo=False) as executor:
         for number in range(2):
             assert await executor.submit(square, number) == number**2
-            while psutil.Process().children():
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(until, lambda: not psutil.Process().children())

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 import asyncrt
+import asyncrt.sync
 from asyncrt.pack import pack_worker
 
 WORKERS = 2
@@ -118,6 +119,23 @@ async def measure_asyncrt(figures: Figures) -> None:
         size = sys.getsizeof(results) + sum(sys.getsizeof(result) for result in results)
         figures.add("bytes a call", (peak - before - size) / MANY)
         del run, after
+
+
+def measure_sync(figures: Figures) -> None:
+    """Measure the sync face of this library."""
+    with asyncrt.sync.Executor(WORKERS) as executor:
+        list(executor.map(identity, range(WORKERS * 10)))
+        figures.add(
+            "submit", median_of(1000, lambda number: executor.submit(identity, number).result())
+        )
+        with timed(figures, "map", calls=CALLS):
+            assert list(executor.map(identity, range(CALLS))) == list(range(CALLS))
+        with timed(figures, "map chunked", calls=CALLS):
+            chunked = list(executor.map(identity, range(CALLS), chunksize="auto"))
+        assert chunked == list(range(CALLS))
+        with timed(figures, "map many", calls=MANY):
+            list(executor.map(identity, range(MANY), chunksize="auto"))
+        figures.add("array", median_of(5, lambda _: executor.submit(identity, ARRAY).result()))
 
 
 def measure_processes(figures: Figures) -> None:
@@ -270,18 +288,20 @@ def show(figures: dict[str, Figures], start: Figures, bare: Figures, size: int) 
     print(f"| measure | {' | '.join(peers)} | asyncrt : processes |")
     print(f"|---|{'---|' * len(peers)}---|")
     ratios: dict[str, float] = {}
+    sync_ratios: dict[str, float] = {}
     for measure in MEASURES:
         cells = []
         for peer in peers:
             value = figures[peer].median(measure.name)
             shown = "" if value is None else f"{value * measure.scale:,.0f} {measure.unit}"
             cells.append(shown)
-        pairs = zip(
-            figures["asyncrt"].values[measure.name],
-            figures["processes"].values[measure.name],
-            strict=True,
-        )
-        ratios[measure.name] = statistics.median(ours / theirs for ours, theirs in pairs)
+        for name, found in (("asyncrt", ratios), ("asyncrt.sync", sync_ratios)):
+            pairs = zip(
+                figures[name].values[measure.name],
+                figures["processes"].values[measure.name],
+                strict=True,
+            )
+            found[measure.name] = statistics.median(ours / theirs for ours, theirs in pairs)
         better = "faster" if (ratios[measure.name] > 1) == measure.more_is_better else "slower"
         cells.append(f"{ratios[measure.name]:.2f} x ({better})")
         print(f"| {measure.title} | {' | '.join(cells)} |")
@@ -295,6 +315,16 @@ def show(figures: dict[str, Figures], start: Figures, bare: Figures, size: int) 
         ("`submit` p50 <= 2 x processes", ratios["submit"] <= 2, f"{ratios['submit']:.2f} x"),
         ("`submit` ahead of Dask and Ray", ahead, "see the table"),
         ("map one by one >= processes", ratios["map"] >= 1, f"{ratios['map']:.2f} x"),
+        (
+            "sync `submit` p50 <= 2.5 x processes",
+            sync_ratios["submit"] <= 2.5,
+            f"{sync_ratios['submit']:.2f} x",
+        ),
+        (
+            "sync map one by one >= 0.8 x processes",
+            sync_ratios["map"] >= 0.8,
+            f"{sync_ratios['map']:.2f} x",
+        ),
     ]
     for name in ("map chunked", "map many"):
         rate = own.median(name) or 0
@@ -326,6 +356,7 @@ def main() -> None:
     without = set(filter(None, arguments.without.split(",")))
     peers: dict[str, Callable[[Figures], None]] = {
         "asyncrt": lambda figures: asyncio.run(measure_asyncrt(figures)),
+        "asyncrt.sync": measure_sync,
         "processes": measure_processes,
         "dask": measure_dask,
         "ray": measure_ray,

@@ -13,10 +13,13 @@ import functools
 import itertools
 import logging
 import operator
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, CancelledError, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -530,6 +533,22 @@ def test_counts_below_one_are_value_errors(kind: Any, arguments: Any) -> None:
 def test_an_initializer_must_be_callable(kind: Any) -> None:
     with pytest.raises(TypeError):
         kind(initializer=5)
+
+
+def test_the_idioms_of_the_documentation_run_when_the_import_is_changed() -> None:
+    example = Path(__file__).parents[1] / "examples" / "idioms.py"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-W", "error", example, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+        ).stdout
+        for arguments in ([], ["processes"])
+    ]
+    assert printed[0] == printed[1]
+    assert len(printed[0].splitlines()) > 20
 
 
 def test_waiting_is_not_polling(executor: Any) -> None:

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,27 +18,24 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import RefusedError, refuse, refuse_odd, square, succeed_on_attempt, variable
+from desk import RefusedError, refuse_odd, square, succeed_on_attempt, variable
 from syncdesk import SyncDesk, open_sync_desk, until
-from synctasks import STATE, Referable, add_one, die, recall, remember, wait_and_square
+from synctasks import Referable, add_one, wait_and_square
 
 import asyncrt
 from asyncrt.errors import (
     CallTimeoutError,
     ConfigError,
     ExecutorClosedError,
-    RunCancelledError,
     RunDeadlineError,
     SerializationError,
-    WorkerCrashedError,
 )
 from asyncrt.options import CALL_OPTIONS, POOL_OPTIONS
-from asyncrt.sync import BrokenExecutorError, Executor, Future, MapOptions, Options
+from asyncrt.sync import Executor, Future, MapOptions, Options
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +129,8 @@ def test_retries_and_failures_in_place(executor: Executor) -> None:
     assert list(executor.map(succeed_on_attempt, [1, 3], retries=retries)) == [1, 3]
     assert executor.with_options(retries=retries).submit(succeed_on_attempt, 2).result() == 2
     results: list[Any] = list(executor.map(refuse_odd, range(3), return_exceptions=True))
-    assert (results[0], type(results[1]), results[2]) == (0, RefusedError, 2)
+    assert results[::2] == [0, 2]
+    assert isinstance(results[1], RefusedError)
 
 
 def test_unordered_results_come_as_they_are_done(executor: Executor, desk: SyncDesk) -> None:
@@ -190,111 +189,6 @@ def test_arguments_of_process_pools(executor: Executor) -> None:
         Executor(mp_context="spawn")
     with pytest.raises(ConfigError, match="initializer"):
         Executor(initializer=print, max_tasks_per_child=2)
-
-
-# -- initializers ----------------------------------------------------------------------------------
-
-
-def test_the_initializer_runs_once_in_each_process() -> None:
-    with Executor(1, initializer=remember, initargs=("a", 1), echo=False) as executor:
-        assert [executor.submit(recall, "a").result() for _ in range(3)] == [1, 1, 1]
-        assert list(executor.map(recall, ["a"] * 5)) == [1] * 5
-        assert executor.with_options(retries=2).submit(recall, "a").result() == 1
-        alone = executor.with_options(isolation="call")
-        assert list(alone.map(recall, ["a"] * 3)) == [1] * 3
-        assert executor.submit(add_one, 1).result() == 2
-    assert STATE == {}
-
-
-SCRIPT = """
-from asyncrt.sync import Executor
-
-VALUE = None
-
-def remember(value):
-    global VALUE, COUNT
-    VALUE = value
-    COUNT = globals().get("COUNT", 0) + 1
-
-def recall():
-    return VALUE, COUNT
-
-def recall_too():
-    return VALUE, COUNT
-
-with Executor(1, initializer=remember, initargs=(7,)) as executor:
-    print(executor.submit(recall).result(), executor.submit(recall_too).result())
-"""
-
-
-def test_what_the_initializer_of_a_script_sets_is_seen_by_all_its_functions(
-    tmp_path: Path,
-) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script], capture_output=True, text=True, check=False
-    )
-    assert (done.stdout, done.stderr) == ("(7, 1) (7, 1)\n", "")
-
-
-def test_an_initializer_that_raises_breaks_the_executor_and_says_why() -> None:
-    with Executor(1, initializer=refuse, initargs=(7,), echo=False) as executor:
-        results = executor.map(square, range(100))
-        with pytest.raises(BrokenExecutorError, match="RefusedError: 7"):
-            list(results)
-        with pytest.raises(BrokenExecutorError, match="the initializer raised"):
-            executor.map(square, [1])
-
-
-# -- what breaks an executor, and what does not ----------------------------------------------------
-
-
-def test_a_crash_costs_its_own_call_only(executor: Executor) -> None:
-    crashed = executor.submit(die, 3)
-    others = [executor.submit(square, number) for number in range(20)]
-    with pytest.raises(WorkerCrashedError) as caught:
-        crashed.result()
-    assert caught.value.exit_code == 3
-    assert [future.result() for future in others] == [number**2 for number in range(20)]
-
-
-def test_workers_that_cannot_be_started_break_the_executor() -> None:
-    with Executor(1, runtime="image:1", echo=False) as executor:
-        futures = [executor.submit(square, number) for number in range(3)]
-        for future in futures:
-            with pytest.raises(BrokenExecutorError, match="the local backend runs on this") as info:
-                future.result()
-            assert isinstance(info.value, BrokenExecutor)
-            assert isinstance(info.value.__cause__, ConfigError)
-        with pytest.raises(BrokenExecutorError):
-            executor.submit(square, 1)
-        with pytest.raises(BrokenExecutorError):
-            executor.map(square, [1])
-        # Only those workers cannot be had.
-        assert executor.with_options(runtime=None).submit(square, 3).result() == 9
-
-
-def test_a_broken_map_tells_who_iterates() -> None:
-    with Executor(1, runtime="image:1", echo=False) as executor:
-        results = executor.map(square, range(3))
-        with pytest.raises(BrokenExecutorError):
-            list(results)
-
-
-def test_an_executor_whose_loop_has_crashed_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def crash(self: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(asyncrt.Executor, "_open", crash)
-    executor = Executor(1)
-    future = executor.submit(square, 1)
-    with pytest.raises(BrokenExecutorError) as caught:
-        future.result()
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    with pytest.raises(BrokenExecutorError):
-        executor.submit(square, 1)
-    executor.shutdown()
 
 
 # -- cancelling ------------------------------------------------------------------------------------
@@ -587,13 +481,14 @@ def test_docstring_examples_run() -> None:
         exec(code, {"asyncrt": asyncrt})  # noqa: S102 - our own docstrings
 
 
-def test_a_cancelled_run_is_not_a_broken_executor() -> None:
-    executor = Executor(1, echo=False)
-    future = executor.submit(time.sleep, 60)
-    until(future.running)
-    core = executor._core
-    assert core is not None
-    core.abort()
-    with pytest.raises(RunCancelledError):
-        future.result()
-    executor.shutdown()
+@pytest.mark.parametrize("number", range(2))
+def test_the_snippets_of_the_documentation_run(number: int, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "sync.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert len(snippets) == 2
+    script = tmp_path / "snippet.py"
+    script.write_text(snippets[number])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -441,8 +441,9 @@ class Executor(_StandardExecutor):
                 the program does not exit before they have ended.
             cancel_futures: Cancel calls that are not known to run.
         """
-        self._closed = True
-        core = self._core
+        with self._opening:  # or what another thread opens right now would stay open
+            self._closed = True
+            core = self._core
         if core is None:
             return
         check_process(core.pid)

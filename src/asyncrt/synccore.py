@@ -203,7 +203,7 @@ class Core:
         try:
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
                 runner.run(self._main())
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - told to all who wait or come later
             logger.debug("the executor has failed", exc_info=error)
             self._broken.setdefault(None, error)
         with self._lock:

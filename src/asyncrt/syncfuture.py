@@ -219,7 +219,7 @@ class Callbacks:
 def _call_back(fn: _Callback, future: concurrent.futures.Future[Any]) -> None:
     try:
         fn(future)
-    except BaseException:
+    except BaseException:  # noqa: ASYNC103 - the user's own; the next one must be called
         _futures_logger.exception("exception calling callback for %r", future)
 
 

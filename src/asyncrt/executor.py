@@ -34,7 +34,7 @@ from asyncrt.sources import as_sequences
 if TYPE_CHECKING:
     from asyncrt.call import Call
     from asyncrt.config import Config
-    from asyncrt.run import RunListener
+    from asyncrt.runroles import RunListener
     from asyncrt.serialize import PackedFunction
 
 logger = logging.getLogger(__name__)

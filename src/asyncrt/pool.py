@@ -41,6 +41,7 @@ from asyncrt.events import Requeued as RequeuedEntry
 from asyncrt.link import Link
 from asyncrt.options import PoolSettings
 from asyncrt.queues import Chunk, Pace
+from asyncrt.restarts import Restarts
 from asyncrt.results import (
     Outcomes,
     Part,
@@ -60,9 +61,6 @@ logger = logging.getLogger(__name__)
 
 _LARGE_BYTES: Final = 1 << 20
 _HOLD_SECONDS: Final = 0.05
-_MAX_START_FAILURES: Final = 3
-_RESTART_SECONDS: Final = 0.05  # doubles with each failure
-_MAX_BACKOFF: Final = 8  # doublings: 13 s
 _SAY_SECONDS: Final = 5.0
 _MAX_PACES: Final = 128
 
@@ -86,8 +84,7 @@ class WorkerPool:
         self._starting = 0
         self._draining: set[str] = set()
         self._spill = Spill(settings.spill_dir, settings.spill_limit_bytes)
-        self._start_failures = 0
-        self._backoff = 0
+        self._restarts = Restarts()
         self._group: TaskGroup | None = None
         self._feeds: TaskGroup
         self._echo = Echo() if settings.echo else None
@@ -349,7 +346,7 @@ class WorkerPool:
         self, error: WorkerStartError | None, ended: WorkerExit | None
     ) -> None:
         """Try again in a moment; after some failures in a row tell the runs."""
-        self._start_failures += 1
+        self._restarts.failed()
         if error is None and ended is not None:
             error = WorkerStartError(
                 f"{ended.reason}, before it was ready\n{ended.log_tail}".strip(),
@@ -357,21 +354,20 @@ class WorkerPool:
                 exit_code=ended.exit_code,
             )
         failure = error or WorkerStartError("no worker could be started")
-        level = logging.WARNING if self._backoff <= _MAX_START_FAILURES else logging.DEBUG
+        level = logging.WARNING if self._restarts.are_news else logging.DEBUG
         logger.log(level, "a worker could not be started: %s", failure)
-        final = self._start_failures >= _MAX_START_FAILURES or isinstance(failure, TimeoutError)
+        final = self._restarts.are_many or isinstance(failure, TimeoutError)
         if final and not self._dispatcher.workers:
             for run in tuple(self._runs.values()):
                 run.abort(failure)
-            self._start_failures = 0
-        self._backoff = min(self._backoff + 1, _MAX_BACKOFF)
-        await anyio.sleep(_RESTART_SECONDS * 2.0**self._backoff)
+            self._restarts.told()
+        await anyio.sleep(self._restarts.delay)
 
     # -- LinkOwner --------------------------------------------------------------------------------
 
     def on_joined(self, link: Link) -> None:
         """Give a new worker something to do."""
-        self._start_failures = self._backoff = 0
+        self._restarts.succeeded()
         self._act(self._dispatcher.worker_joined(link.name, link.slots, now=self._now()))
 
     def on_resumed(self, link: Link, chunks: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -19,6 +19,7 @@ from asyncrt.events import Cancelled, Ended, EventLog, EventStream, Queued, Stat
 from asyncrt.options import CallSettings
 from asyncrt.outcome import Failure, Success
 from asyncrt.queues import RunQueue
+from asyncrt.runroles import RunListener, RunOwner
 from asyncrt.serialize import PackedFunction
 from asyncrt.sources import Feed
 from asyncrt.spill import Deferred
@@ -34,35 +35,6 @@ _QUIET_SECONDS: Final = 10.0
 
 _OPEN, SUCCEEDED, FAILED, CANCELLED, _DELIVERED = range(5)
 _Style = Literal["one", "star", "full"]
-
-
-class RunOwner(Protocol):
-    """Who runs the calls of a run."""
-
-    def offer(self, run: Run[Any], count: int) -> None:
-        """More calls were taken from the input."""
-
-    def give_up(self, run: Run[Any]) -> None:
-        """Nobody wants the calls that are not settled."""
-
-    def give_up_call(self, run: Run[Any], index: int) -> None:
-        """Nobody wants one call."""
-
-    def forget(self, run: Run[Any]) -> None:
-        """All calls are settled."""
-
-
-class RunListener(Protocol):
-    """Who is told what becomes of the calls, instead of waiting for them. In the event loop."""
-
-    def started(self, run: Run[Any], index: int) -> None:
-        """A worker reports that a call is running."""
-
-    def settled(self, run: Run[Any], indexes: Sequence[int]) -> None:
-        """Calls have ended. ``Run.collect`` gives their outcomes."""
-
-    def ended(self, run: Run[Any], error: BaseException | None) -> None:
-        """Nothing more will happen. Calls that were not settled share the error."""
 
 
 class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from asyncrt.errors import ExecutorClosedError, RunCancelledError, RunDeadlineError
 from asyncrt.executor import Executor
-from asyncrt.run import SUCCEEDED, Run, RunListener
+from asyncrt.run import SUCCEEDED, Run
+from asyncrt.runroles import RunListener
 from asyncrt.serialize import FunctionPacker, PackedFunction
 from asyncrt.syncfuture import (
     PENDING,

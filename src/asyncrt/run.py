@@ -252,6 +252,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             if index is not None:
                 return index
             if self._done.is_set():
+                if self._is_cut:
+                    raise self._cut_error()
                 return None
             news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._news.add(news)
@@ -555,11 +557,15 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
 
     def _finish_if_settled(self) -> None:
         if self._settled == self._total and self.settings.return_exceptions | (not self._failures):
-            if self._is_cut:
-                message = f"run {self.id}: its executor was left before its input had ended"
-                self._end("cancelled", RunCancelledError(message))
+            if self._is_cut and self._mode == "await":
+                self._end("cancelled", self._cut_error())
             else:
                 self._end("succeeded", None)
+
+    def _cut_error(self) -> RunCancelledError:
+        return RunCancelledError(
+            f"run {self.id}: its executor was left before its input had ended, what came is not all"
+        )
 
     def abort(self, error: BaseException) -> None:
         """End the run with an error that is no call's: of its input, of the workers."""
@@ -578,8 +584,8 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
     def stop_pulling(self) -> None:
         """Take nothing more from the input; what was taken goes on.
 
-        Input with a size was accepted whole, unless somebody iterates and takes no more. Who still
-        waits for a run whose input was cut gets ``RunCancelledError``: what came is not all.
+        Input with a size was accepted whole, unless somebody iterates and takes no more. Who waits
+        for a run whose input is cut gets ``RunCancelledError``: what came is not all.
         """
         if self.feed is not None:
             self._is_cut = self._is_cut or self._total is None

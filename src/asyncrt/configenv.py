@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from asyncrt.configkeys import Origin, accepts, no_deadline, unknown_variable, valid_keys
@@ -60,7 +60,7 @@ def read_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, Ori
 def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
     """Return what a text means for types; the text itself if it fits none, for the check to refuse.
 
-    ``none`` is ``None`` wherever that is a value.
+    ``none`` is ``None`` wherever that is a value. A list may be JSON, or names with commas between.
     """
     word = text.strip().lower()
     if word == "none" and types.NoneType in kinds:
@@ -73,9 +73,10 @@ def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
                 return kind(text)
             except ValueError:
                 continue
-    if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
+    if Mapping in kinds or Sequence in kinds:
         try:
             return json.loads(text)
         except ValueError:
-            return text
+            named = Sequence in kinds and text.lstrip()[:1] not in ("[", "{")
+            return [name.strip() for name in text.split(",")] if named else text
     return text

@@ -26,6 +26,7 @@ from asyncrt.checks import (
     nearest,
 )
 from asyncrt.errors import ConfigError
+from asyncrt.podoptions import PodOptions, PodSettings
 from asyncrt.quantities import parse_cpu, parse_memory, parse_size
 
 BACKENDS: Final = ("local", "docker", "k8s")
@@ -141,7 +142,7 @@ class CallOptions(CommonCallOptions, total=False):
     return_exceptions: bool
 
 
-class ExecutorOptions(CallOptions, total=False):
+class ExecutorOptions(CallOptions, PodOptions, total=False):
     """Options of the constructor and of ``with_options``."""
 
     backend: Any
@@ -270,6 +271,7 @@ class PoolSettings:
             ``spill_limit``).
         store: Where large objects lie, as a URL; not used in stream mode yet.
         echo: Show what calls print, as it comes, on this process's standard output and error.
+        pod: The options that only Kubernetes understands.
     """
 
     backend: Any = "local"
@@ -290,6 +292,7 @@ class PoolSettings:
     spill_limit_bytes: int = 1 << 28
     store: str | None = None
     echo: bool = True
+    pod: PodSettings = PodSettings()
 
     def __post_init__(self) -> None:
         if isinstance(self.backend, str):
@@ -336,7 +339,7 @@ class PoolSettings:
         env = tuple(sorted(self.env.items()))
         backend = self.backend if isinstance(self.backend, str) else id(self.backend)
         resources = (self.cpu_millicores, self.memory_bytes, self.slots, self.recycle_memory_bytes)
-        return (backend, self.runtime, resources, env)
+        return (backend, self.runtime, resources, env, self.pod.shape())
 
     def recycle_limit_bytes(self) -> int | None:
         """Return what a process may hold after a call before it is replaced."""
@@ -347,6 +350,7 @@ class PoolSettings:
 
 CALL_OPTIONS: Final = frozenset(get_type_hints(CallOptions))
 POOL_OPTIONS: Final = frozenset(get_type_hints(ExecutorOptions)) - CALL_OPTIONS
+POD_OPTIONS: Final = frozenset(get_type_hints(PodOptions))  # of the pool's, those in its ``pod``
 
 # Options that users write as quantities: the field that holds the number, and its parser.
 _QUANTITIES: Final[Mapping[str, tuple[str, Callable[..., int]]]] = {
@@ -380,8 +384,11 @@ class Settings:
             if name in _QUANTITIES:
                 field_name, parse = _QUANTITIES[name]
                 pool[field_name] = None if value is None else parse(value, key=name)
-            elif name in POOL_OPTIONS:
+            elif name in POOL_OPTIONS - POD_OPTIONS:
                 pool[name] = value
+        pod = {name: value for name, value in options.items() if name in POD_OPTIONS}
+        if pod:
+            pool["pod"] = replace(self.pool.pod, **pod)
         call = {name: value for name, value in options.items() if name in CALL_OPTIONS}
         return Settings(
             replace(self.pool, **pool) if pool else self.pool,
@@ -422,6 +429,7 @@ def option_defaults() -> dict[str, Any]:
     pool, call = PoolSettings(), CallSettings()
     return {
         names.get(item.name, item.name): getattr(settings, item.name)
-        for settings in (pool, call)
+        for settings in (pool, pool.pod, call)
         for item in fields(settings)
+        if item.name != "pod"
     }

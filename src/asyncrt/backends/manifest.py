@@ -1,15 +1,15 @@
 """What a pool of workers is on Kubernetes: its objects, as pure functions of its settings.
 
-A pool is one Indexed Job with a Secret (the worker's settings, the token among them) and a ConfigMap
-(the worker's program), all of one name. **The Job is created first**, then the two others with its
-uid as their owner; pods wait for them (the kubelet tries a mount again after half a second). So a
-client may die between any two requests: what exists then belongs to the Job, whose
+A pool is one Indexed Job with a Secret (the worker's settings, the token among them) and a
+ConfigMap (the worker's program), all of one name. **The Job is created first**, then the two others
+with its uid as their owner; pods wait for them (the kubelet tries a mount again after half a
+second). So a client may die between any two requests: what exists then belongs to the Job, whose
 ``activeDeadlineSeconds`` nobody pushes forward any more, and ``ttlSecondsAfterFinished`` removes it
-all. The other order would leave a Secret that nothing owns. The Job has all its pods from the start,
-not none at first: Kueue reserves what a Job asks for when it is created.
+all. The other order would leave a Secret that nothing owns. The Job has all its pods from the
+start, not none at first: Kueue reserves what a Job asks for when it is created.
 
-``maxFailedIndexes`` is left out on purpose: without it any number of indexes may fail, with it there
-may be at most ``completions`` of them, which grow.
+``maxFailedIndexes`` is left out on purpose: without it any number of indexes may fail, with it
+there may be at most ``completions`` of them, which grow.
 (https://kubernetes.io/docs/concepts/workloads/controllers/job/#backoff-limit-per-index)
 """
 
@@ -44,7 +44,7 @@ LABEL_EXECUTOR: Final = "asyncrt.dev/executor"
 LABEL_POOL: Final = "asyncrt.dev/pool"
 LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 
-# Beyond it the API wants `maxFailedIndexes`, which a pool cannot have: then another Job is needed.
+# Beyond it the API wants `maxFailedIndexes`, which a pool cannot have: a new Job is needed.
 MOST_COMPLETIONS: Final = 100_000
 _MOST_PROGRAM_BYTES: Final = 2**20
 # A pod's hostname is the Job's name, '-' and its index; as a DNS label it has 63 characters at most.

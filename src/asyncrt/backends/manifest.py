@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,8 +48,10 @@ LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 # Beyond it the API wants `maxFailedIndexes`, which a pool cannot have: a new Job is needed.
 MOST_COMPLETIONS: Final = 100_000
 _MOST_PROGRAM_BYTES: Final = 2**20
-# A pod's hostname is the Job's name, '-' and its index; as a DNS label it has 63 characters at most.
+# A pod's hostname is the Job's name, '-' and its index, and a DNS label: 63 characters at most.
 _LONGEST_JOB_NAME: Final = 63 - len(f"-{MOST_COMPLETIONS - 1}")
+# Before 1.34; newer servers take more.
+_VARIABLE: Final = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 # The worker gives running calls 5 s after SIGTERM, and says goodbye.
 _GRACE_SECONDS: Final = 10
 
@@ -127,13 +130,14 @@ def job_manifest(
         deadline: Seconds after which Kubernetes ends the Job if nobody pushes that forward.
 
     Raises:
-        ConfigError: ``pod_patch`` takes away what a worker needs.
+        ConfigError: ``pod_patch`` takes away what a worker needs, or ``env`` has a name that
+            Kubernetes would refuse.
     """
     pod = settings.pod
     labels = dict(pod.labels) | identity.labels()
     metadata: dict[str, Any] = {"labels": labels} | _given(annotations=thawed(pod.annotations))
     queue = {LABEL_QUEUE: pod.queue} if pod.queue else {}
-    template = {"metadata": metadata, "spec": _pod_spec(identity, settings)}
+    template = {"metadata": thawed(metadata), "spec": _pod_spec(identity, settings)}
     if pod.pod_patch is not None:
         template = merge_pod_patch(template, pod.pod_patch)
         _check_patched(template, identity)
@@ -289,6 +293,14 @@ def _pod_spec(identity: PoolIdentity, settings: PoolSettings) -> dict[str, Any]:
 
 
 def _environment(env: Mapping[str, str]) -> list[dict[str, str]]:
+    for name in env:
+        if not _VARIABLE.fullmatch(name):
+            raise ConfigError(
+                f"env: {name!r} cannot be a variable's name on Kubernetes: it takes letters, "
+                "digits, '_', '-' and '.', and no digit first",
+                key="env",
+                expected="names of letters, digits, '_', '-' and '.'",
+            )
     # The uid has no name and no home in most images; `getpass` and others fail without one.
     variables = {"HOME": "/tmp", "USER": "asyncrt", "LOGNAME": "asyncrt"} | dict(env)  # noqa: S108
     # Kubernetes replaces `$(NAME)` in values; `$$` is a plain `$` to it.

@@ -56,6 +56,7 @@ _CONTAINER_PROBLEMS: Final = frozenset(
 # Nothing ran: the image has no such program, or it is for another machine.
 _CANNOT_RUN: Final = frozenset({"ContainerCannotRun", "StartError"})
 _VOLUME_EVENTS: Final = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
+_CREATE_EVENTS: Final = ("FailedCreate", "SuccessfulCreate")
 _ABSENT_VOLUME: Final = re.compile(r"(secret|configmap|persistentvolumeclaim) \S+ not found")
 # What a node says to a pod that the scheduler gave it: another pod may have better luck.
 _NODE_REFUSALS: Final = re.compile(
@@ -177,7 +178,7 @@ def judge_job(
         events: Those about the Job itself.
         missing: Pods that were asked for and do not exist. With none, all is well: events of the
             past stay.
-        deleted: It is gone.
+        deleted: It is gone, and not because the caller wanted it.
     """
     uid, name = job["metadata"]["uid"], job["metadata"]["name"]
     if missing <= 0:
@@ -205,12 +206,13 @@ def judge_job(
     if "Suspended" in conditions:
         said = "the Job is suspended; a queue (Kueue) or a person has to resume it"
         return Waiting("suspended", "Suspended", said, missing)
-    failed = [event for event in _by_age(events) if event.get("reason") == "FailedCreate"]
-    if not failed:
+    tries = [event for event in _by_age(events) if event.get("reason") in _CREATE_EVENTS]
+    if not tries or tries[-1]["reason"] != "FailedCreate":
+        memory.pop((uid, "create"), None)
         return None
     since = memory.setdefault((uid, "create"), now)
     return judge_refusal(
-        failed[-1].get("message", ""), waited=now - since, patience=patience, count=missing
+        tries[-1].get("message", ""), waited=now - since, patience=patience, count=missing
     )
 
 

@@ -14,16 +14,7 @@ Hints = Sequence[tuple[str, str]]
 """Patterns with what to do. The first that is found holds."""
 
 IMAGE_HINTS: Final[Hints] = (
-    (
-        "toomanyrequests|429",
-        "the registry limits pulls: give it an account (image_pull_secrets), or use a mirror",
-    ),
-    (
-        r"unauthorized|authentication required|authorization failed|denied|no basic auth"
-        r"|forbidden|\b40[13]\b",
-        "the registry wants an account (image_pull_secrets names a Secret with one), or the name "
-        "is wrong",
-    ),
+    # of a container that could not be started
     (
         "exec format error|no match for platform|no matching manifest",
         "it is built for another architecture than the node's",
@@ -38,7 +29,18 @@ IMAGE_HINTS: Final[Hints] = (
         "the worker's user may not enter its WORKDIR: set run_as_user, or workingDir of the "
         "container 'worker' with pod_patch",
     ),
-    ("not found|manifest unknown|invalid reference|InvalidImageName", "is its name right?"),
+    # of a pull
+    (
+        r"toomanyrequests|\b429\b",
+        "the registry limits pulls: give it an account (image_pull_secrets), or use a mirror",
+    ),
+    (
+        r"unauthorized|authentication required|authorization failed|denied|no basic auth"
+        r"|forbidden|\b40[13]\b",
+        "the registry wants an account (image_pull_secrets names a Secret with one), or the name "
+        "is wrong",
+    ),
+    ("not found|manifest unknown|invalid reference", "is its name right?"),
     ("x509|certificate", "the node does not trust the registry's certificate"),
     (
         "no such host|timeout|timed out|connection refused|unreachable",
@@ -46,11 +48,11 @@ IMAGE_HINTS: Final[Hints] = (
     ),
 )
 POD_HINTS: Final[Hints] = (
-    ("runAsNonRoot|non-numeric user", "run_as_user must be a uid that is not 0"),
     (
         "violates PodSecurity",
         "the namespace forbids what run_as_user, a security context, volumes or pod_patch ask for",
     ),
+    ("runAsNonRoot|non-numeric user", "run_as_user must be a uid that is not 0"),
     ("must specify", "the namespace's quota wants a value for it: set it with pod_patch"),
     ("serviceaccount", "does the service_account exist in the namespace?"),
     ("PriorityClass", "does the priority_class exist?"),

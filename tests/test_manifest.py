@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import re
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from raw_client import SECONDS, RawClient
 
 from asyncrt.backends.manifest import (
     MOST_COMPLETIONS,
@@ -252,6 +256,40 @@ def test_mounted_files_are_those_of_secret_and_config_map() -> None:
     mounts = {item["name"]: item["mountPath"] for item in worker_of(manifest)["volumeMounts"]}
     assert f"{mounts['asyncrt-program']}/worker.pyz" == PROGRAM_PATH
     assert f"{mounts['asyncrt-settings']}/settings.json" == SETTINGS_PATH
+
+
+def test_worker_starts_from_what_secret_and_config_map_hold(tmp_path: Path) -> None:
+    pool = Settings().updated({"orphan_timeout": 60}).pool
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]  # a free one, so that tests can run side by side
+    worker = worker_settings(pool, token=b"secret")._replace(listen_port=port)
+    secret = secret_manifest(IDENTITY, worker, job_uid=UID)["data"]
+    program = config_map_manifest(IDENTITY, pack_worker(), job_uid=UID)["binaryData"]
+    for name, content in {**secret, **program}.items():
+        (tmp_path / name).write_bytes(base64.b64decode(content))
+    [interpreter, *arguments] = worker_of(job())["command"]
+    assert interpreter == "python3"
+    local = [tmp_path / Path(item).name if item.startswith("/") else item for item in arguments]
+    with subprocess.Popen([sys.executable, *local], cwd=tmp_path) as process:
+        try:
+            client = connected(port)
+            client.shake_hands()
+            assert client.run(abs, -2, -3).values == {0: 2, 1: 3}
+            client.close()
+        finally:
+            process.terminate()
+            assert process.wait(SECONDS) == 0
+
+
+def connected(port: int) -> RawClient:
+    """Return a client of a worker that may not listen yet, as port-forward may find it."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            return RawClient(("127.0.0.1", port), b"secret", {})
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_nothing_secret_is_in_the_job() -> None:

@@ -275,6 +275,8 @@ def test_evicted_pod_is_a_lost_worker() -> None:
             "Pod was rejected: Node didn't have enough resource: cpu, requested: 500, used: 1800, "
             "capacity: 2000",
         ),
+        ("OutOfnvidia.com/gpu", "Pod was rejected: Node didn't have enough resource"),
+        ("TaintToleration", "Pod was rejected: Predicate TaintToleration failed"),
         ("UnexpectedAdmissionError", "Pod was rejected: Allocate failed due to no devices"),
         ("NodeAffinity", "Pod was rejected: Predicate NodeAffinity failed"),
     ],

@@ -60,8 +60,8 @@ _CREATE_EVENTS: Final = ("FailedCreate", "SuccessfulCreate")
 _ABSENT_VOLUME: Final = re.compile(r"(secret|configmap|persistentvolumeclaim) \S+ not found")
 # What a node says to a pod that the scheduler gave it: another pod may have better luck.
 _NODE_REFUSALS: Final = re.compile(
-    r"Evicted|NodeAffinity|NodeLost|NodeShutdown|OutOf\w+|Preempting|Shutdown|Terminated"
-    r"|UnexpectedAdmissionError"
+    r"Evicted|NodeAffinity|NodeLost|NodeName|NodePorts|NodeShutdown|OutOf.+|Preempting|Shutdown"
+    r"|TaintToleration|Terminated|UnexpectedAdmissionError|UnexpectedPredicateFailureType"
 )
 
 _SCHEDULER_TAIL: Final = re.compile(

@@ -32,6 +32,31 @@ GPU_RESOURCE: Final = "nvidia.com/gpu"
 MOUNT_FIELDS: Final = frozenset(
     {"mountPropagation", "readOnly", "recursiveReadOnly", "subPath", "subPathExpr"}
 )
+# Checked here, since a server drops fields that it does not know, and a volume without a source is
+# an empty directory to it. Those that Kubernetes has not removed (1.34).
+_SOURCES: Final = frozenset(
+    {
+        "azureFile",
+        "cephfs",
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "fc",
+        "flexVolume",
+        "hostPath",
+        "image",
+        "iscsi",
+        "nfs",
+        "persistentVolumeClaim",
+        "portworxVolume",
+        "projected",
+        "rbd",
+        "secret",
+        "vsphereVolume",
+    }
+)
 _TOLERATION_FIELDS: Final = ("effect", "key", "operator", "tolerationSeconds", "value")
 _EFFECTS: Final = ("NoExecute", "NoSchedule", "PreferNoSchedule")
 _AFFINITIES: Final = ("nodeAffinity", "podAffinity", "podAntiAffinity")
@@ -298,10 +323,12 @@ def _check_volumes(volumes: object) -> None:
     _check_mapping("volumes", volumes, None)
     for path, volume in cast("Mapping[str, Any]", volumes).items():
         _check_mount("volumes", path)
-        sources = set(volume) - MOUNT_FIELDS if isinstance(volume, Mapping) else set()
+        what = f"[{path!r}]"
+        _check_mapping("volumes", volume, tuple(sorted(_SOURCES | MOUNT_FIELDS)), what=what)
+        sources = set(volume) & _SOURCES
         if len(sources) != 1 or not isinstance(volume[min(sources)], Mapping):
             raise ConfigError(
-                f"volumes[{path!r}] must be {rule}, not {volume!r}", key="volumes", expected=rule
+                f"volumes{what} must be {rule}, not {volume!r}", key="volumes", expected=rule
             )
 
 

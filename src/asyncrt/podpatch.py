@@ -2,9 +2,10 @@
 
 Mappings are merged key by key, ``null`` removes a key. Lists whose items have a key of their own
 are merged by it, all others are replaced. Directives: ``$patch: replace`` (in a mapping; for a
-list, in an item of its own), ``$patch: delete`` (in a mapping or an item) and ``$retainKeys``. One
-difference: items that are new come after those that exist (``kubectl`` puts them first), so that
-the worker's container stays the first one.
+list, in an item of its own), ``$patch: delete`` (in a mapping or an item) and ``$retainKeys``. Two
+differences. Items that are new come after those that exist (``kubectl`` puts them first), so that
+the worker's container stays the first one. And directives and ``null`` in what is new are carried
+out, so that none of them ever reaches the result (Kubernetes' own library keeps or drops them).
 
 https://kubernetes.io/docs/tasks/manage-kubernetes-objects/update-api-object-kubectl-patch/
 """

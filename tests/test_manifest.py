@@ -88,7 +88,15 @@ def test_job_of_a_pool_with_every_option() -> None:
         image_pull_secrets=["registry"],
         node_selector={"disk": "ssd"},
         tolerations=[{"key": "spot", "operator": "Exists"}],
-        affinity={"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {}}},
+        affinity={
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {
+                    "nodeSelectorTerms": [
+                        {"matchExpressions": [{"key": "gpu", "operator": "Exists"}]}
+                    ]
+                }
+            }
+        },
         volumes={
             "/data": {
                 "persistentVolumeClaim": {"claimName": "data"},

@@ -90,10 +90,17 @@ def _json(view: memoryview) -> dict[str, Any]:
 class RawClient:
     """One connection to a worker. Frames that are not asked for are kept in ``inbox``."""
 
-    def __init__(self, path: Path, token: bytes, counts: dict[int, int]) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(
+        self, address: Path | tuple[str, int], token: bytes, counts: dict[int, int]
+    ) -> None:
+        family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(SECONDS)
-        self.socket.connect(str(path))
+        try:
+            self.socket.connect(str(address) if isinstance(address, Path) else address)
+        except OSError:
+            self.socket.close()
+            raise
         self.token = token
         self.inbox: deque[Frame] = deque()
         self.received = 0

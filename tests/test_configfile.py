@@ -344,7 +344,7 @@ def test_null_means_that_a_key_of_a_section_was_not_given(load: Load, section: s
     assert [key for key in config.effective() if key.startswith(f"{section}.")] == []
 
 
-def test_every_option_can_be_in_the_file(load: Load) -> None:
+def test_every_option_can_be_in_the_file(load: Load, file: Path) -> None:
     written = {
         "backend": "local",
         "runtime": "python:3.12",
@@ -363,6 +363,27 @@ def test_every_option_can_be_in_the_file(load: Load) -> None:
         "spill_limit": "1Gi",
         "store": "s3://bucket",
         "echo": "false",
+        "gpu": '{"amd.com/gpu": 2}',
+        "secrets": "{db: null, tls: /etc/tls}",
+        "service_account": "worker",
+        "image_pull_secrets": "[registry]",
+        "node_selector": "{disk: ssd}",
+        "tolerations": "[{key: spot, operator: Exists}]",
+        "affinity": "{nodeAffinity: {}}",
+        "volumes": "{/data: {persistentVolumeClaim: {claimName: data}, readOnly: true}}",
+        "priority_class": "low",
+        "labels": "{team: red}",
+        "annotations": "{note: a text}",
+        "queue": "team-red",
+        "run_as_user": "null",
+        "pod_security_context": "{fsGroup: 1000}",
+        "container_security_context": "{privileged: false}",
+        "pod_patch": "{spec: {hostIPC: false}}",
+        "namespace": "jobs",
+        "context": "production",
+        "kubeconfig": "kube/config",
+        "owner": "me",
+        "ttl": "60",
         "ordered": "false",
         "return_exceptions": "true",
         "max_in_flight": "50",
@@ -382,6 +403,11 @@ def test_every_option_can_be_in_the_file(load: Load) -> None:
     assert (settings.pool.memory_bytes, settings.pool.cpu_millicores) == (2**30, 500)
     assert settings.pool.env == {"LANG": "C.UTF-8"}
     assert settings.pool.idle_timeout is None
+    pod = settings.pool.pod
+    assert pod.extended_resources() == {"amd.com/gpu": 2}
+    assert (pod.environment_secrets(), pod.mounted_secrets()) == (["db"], {"tls": "/etc/tls"})
+    assert (pod.tolerations, pod.run_as_user) == (({"key": "spot", "operator": "Exists"},), None)
+    assert pod.kubeconfig == file.parent / "kube/config"
     assert settings.call.retries == Retry(attempts=3)
     assert (settings.call.chunksize, settings.call.isolation) == (3, "call")
     assert settings.call.include_modules == ("yaml", "app.plugins")
@@ -427,6 +453,13 @@ def test_relative_paths_belong_to_the_directory_of_the_file(tmp_path: Path) -> N
         ("ASYNCRT_INCLUDE_MODULES", "yaml, app.plugins,", ["yaml", "app.plugins"]),
         ("ASYNCRT_EXCLUDE_MODULES", "scratch", ["scratch"]),
         ("ASYNCRT_MODULES_LIMIT", "1Gi", "1Gi"),
+        ("ASYNCRT_GPU", "1", 1),
+        ("ASYNCRT_GPU", '{"amd.com/gpu": 1}', {"amd.com/gpu": 1}),
+        ("ASYNCRT_SECRETS", "db, tls", ["db", "tls"]),
+        ("ASYNCRT_SECRETS", '["db"]', ["db"]),
+        ("ASYNCRT_SECRETS", '{"db": null}', {"db": None}),
+        ("ASYNCRT_RUN_AS_USER", "none", None),
+        ("ASYNCRT_LABELS", '{"team": "red"}', {"team": "red"}),
     ],
 )
 def test_variable_is_read_by_the_type_of_its_option(
@@ -489,7 +522,7 @@ def test_wrong_variable_is_refused_by_its_name(
     [
         ("ASYNCRT_MAX_WORKER", "ASYNCRT_MAX_WORKERS"),
         ("ASYNCRT_K8S_NAMESPCE", "ASYNCRT_K8S_NAMESPACE"),
-        ("ASYNCRT_NAMESPACE", "ASYNCRT_K8S_NAMESPACE"),
+        ("ASYNCRT_DOCKER_USER", "ASYNCRT_K8S_DOCKER_USER"),
         ("ASYNCRT_DEADLINE", "timeout"),
     ],
 )

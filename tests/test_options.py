@@ -18,6 +18,7 @@ from asyncrt import checks
 from asyncrt.errors import ConfigError
 from asyncrt.options import (
     CALL_OPTIONS,
+    POD_OPTIONS,
     POOL_OPTIONS,
     Backups,
     CallSettings,
@@ -27,6 +28,7 @@ from asyncrt.options import (
     check_names,
     option_defaults,
 )
+from asyncrt.podoptions import PodSettings
 from asyncrt.quantities import parse_cpu, parse_memory
 
 MIB = 2**20
@@ -418,6 +420,27 @@ def test_every_option_can_be_set() -> None:
         "spill_limit": "1Gi",
         "store": "s3://bucket",
         "echo": False,
+        "gpu": 1,
+        "secrets": ("db",),
+        "service_account": "worker",
+        "image_pull_secrets": ("registry",),
+        "node_selector": {"disk": "ssd"},
+        "tolerations": ({"operator": "Exists"},),
+        "affinity": {"nodeAffinity": {}},
+        "volumes": {"/data": {"emptyDir": {}}},
+        "priority_class": "low",
+        "labels": {"team": "red"},
+        "annotations": {"note": "a text"},
+        "queue": "team-red",
+        "run_as_user": 1000,
+        "pod_security_context": {"fsGroup": 1000},
+        "container_security_context": {"privileged": False},
+        "pod_patch": {"spec": {"hostIPC": False}},
+        "namespace": "jobs",
+        "context": "production",
+        "kubeconfig": "~/.kube/config",
+        "owner": "me",
+        "ttl": 60,
     }
     assert set(options) == CALL_OPTIONS | POOL_OPTIONS
     settings = Settings().updated(options)
@@ -431,7 +454,8 @@ def test_every_option_can_be_set() -> None:
     }
     for name, value in {**options, **given}.items():
         if name not in {"cpu", "memory", "recycle_memory", "spill_limit", "modules_limit"}:
-            part = settings.call if hasattr(settings.call, name) else settings.pool
+            in_pool = settings.pool.pod if name in POD_OPTIONS else settings.pool
+            part = settings.call if hasattr(settings.call, name) else in_pool
             assert getattr(part, name) == value
 
 
@@ -481,6 +505,7 @@ def test_shape_is_equal_where_workers_can_be_shared() -> None:
         {"slots": 2},
         {"recycle_memory_bytes": 2**28},
         {"env": {"A": "1"}},
+        {"pod": PodSettings(gpu=1)},
     ]
     shapes = {PoolSettings(**options).shape() for options in different}
     assert len(shapes | {plain.shape()}) == len(different) + 1
@@ -533,7 +558,7 @@ def test_defaults_are_those_of_settings_without_options() -> None:
     settings = Settings()
     parts: Mapping[str, Any] = {
         item.name: getattr(part, item.name)
-        for part in (settings.pool, settings.call)
+        for part in (settings.pool, settings.pool.pod, settings.call)
         for item in fields(part)
     }
     for name, value in defaults.items():

@@ -354,7 +354,11 @@ def _check_texts(value: _Value) -> None:
 def _readable(name: str, value: Any) -> Any:
     """Return a value as JSON can hold it, without what may be a credential."""
     if isinstance(value, Mapping):
-        return {key: "***" if name == "env" else item for key, item in value.items()}
+        return {
+            key: "***" if name == "env" else _readable(key, item) for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_readable(name, item) for item in value]
     if isinstance(value, Retry):
         return value.attempts
     if isinstance(value, list | tuple):

@@ -60,7 +60,7 @@ def read_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, Ori
 def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
     """Return what a text means for types; the text itself if it fits none, for the check to refuse.
 
-    ``none`` is ``None`` wherever that is a value.
+    ``none`` is ``None`` wherever that is a value. A list may be JSON, or names with commas between.
     """
     word = text.strip().lower()
     if word == "none" and types.NoneType in kinds:
@@ -73,11 +73,12 @@ def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
                 return kind(text)
             except ValueError:
                 continue
-    if Sequence in kinds:
-        return [item.strip() for item in text.split(",") if item.strip()]
-    if any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
+    is_list = Sequence in kinds
+    if is_list or any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds):
         try:
             return json.loads(text)
         except ValueError:
-            return text
+            if not is_list or text.lstrip()[:1] in ("[", "{"):
+                return text
+            return [name.strip() for name in text.split(",") if name.strip()]
     return text

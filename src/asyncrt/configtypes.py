@@ -23,6 +23,7 @@ from asyncrt.checks import (
     is_int,
 )
 from asyncrt.errors import ConfigError
+from asyncrt.k8snames import check_dns_label
 from asyncrt.quantities import parse_cpu, parse_memory
 
 # A number of MiB from here on (4 TiB) was meant as bytes.
@@ -34,9 +35,9 @@ class K8sConfig:
     """The section ``k8s``: the cluster, and what a worker is there.
 
     Attributes:
-        kubecfg_path: The kubeconfig; ``None``: where ``kubectl`` looks for it.
-        kubecfg_context: Its context; ``None``: the current one.
-        namespace: Where pods run; ``None``: the context's.
+        kubecfg_path: The kubeconfig (option ``kubeconfig``).
+        kubecfg_context: Its context (option ``context``).
+        namespace: Where pods run (option ``namespace``).
         docker_server: Registry that the next two are for; ``None``: Docker Hub.
         docker_user: Account at the registry.
         docker_password: Its password or token.
@@ -47,8 +48,8 @@ class K8sConfig:
         runtime_arch: Architecture of the image, such as ``arm64``; ``None``: the nodes'.
         max_workers: Pods at most (option ``max_workers``).
         worker_processes: Calls that a pod runs at once (option ``slots``).
-        container_security_context: Replaces the container's, as Kubernetes writes it.
-        pod_security_context: Replaces the pod's, as Kubernetes writes it.
+        container_security_context: Replaces the container's (option of that name).
+        pod_security_context: Replaces the pod's (option of that name).
     """
 
     OPTIONS: ClassVar[Mapping[str, str]] = types.MappingProxyType(
@@ -59,6 +60,11 @@ class K8sConfig:
             "runtime_timeout": "timeout",
             "max_workers": "max_workers",
             "worker_processes": "slots",
+            "kubecfg_path": "kubeconfig",
+            "kubecfg_context": "context",
+            "namespace": "namespace",
+            "container_security_context": "container_security_context",
+            "pod_security_context": "pod_security_context",
         }
     )
 
@@ -83,6 +89,8 @@ class K8sConfig:
         texts = ("kubecfg_context", "namespace", "docker_server", "docker_user", "runtime")
         for name in (*texts, "runtime_arch"):
             check_text(f"k8s.{name}", getattr(self, name), optional=True)
+        if self.namespace is not None:
+            check_dns_label("k8s.namespace", self.namespace)
         check_no_credentials("k8s.docker_server", self.docker_server)
         check_text("k8s.docker_password", self.docker_password, optional=True, secret=True)
         if self.runtime_cpu is not None:

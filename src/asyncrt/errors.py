@@ -10,7 +10,11 @@ parses a message, and every error survives pickle.
     ├── ProtocolError                       the peer broke the wire format
     │   └── AuthenticationError             the peer does not know the pool's token
     ├── WorkerStartError                    no worker could be started
+    │   ├── ImageError                        its image cannot be pulled, or cannot run
+    │   ├── PodRejectedError                  Kubernetes refuses the pod as it is
     │   └── StartTimeoutError (TimeoutError)  ... within ``start_timeout``
+    │       ├── QuotaError                      a quota of the namespace is used up
+    │       └── UnschedulableError              no node has room for it
     ├── RuntimeMismatchError                client and worker cannot exchange pickles
     ├── ModulesError                        a local module that the function needs cannot travel
     ├── RunCancelledError                   the run was cancelled before this call ended
@@ -108,16 +112,53 @@ class WorkerStartError(AsyncrtError):
     Attributes:
         log_tail: The last lines that the worker wrote, if any.
         exit_code: How it ended; ``None`` if it did not run at all.
+        pod: Name of the pod; empty if there is none, as the next ones.
+        node: Its node.
+        image: Its image.
+        reason: Kubernetes' word for what is wrong, such as ``ImagePullBackOff``.
+        detail: What Kubernetes said, in full.
     """
 
-    def __init__(self, message: str, *, log_tail: str = "", exit_code: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        log_tail: str = "",
+        exit_code: int | None = None,
+        pod: str = "",
+        node: str = "",
+        image: str = "",
+        reason: str = "",
+        detail: str = "",
+    ) -> None:
         super().__init__(message)
         self.log_tail = log_tail
         self.exit_code = exit_code
+        self.pod = pod
+        self.node = node
+        self.image = image
+        self.reason = reason
+        self.detail = detail
+
+
+class ImageError(WorkerStartError):
+    """The image cannot be pulled, or cannot run a worker. Another image, or credentials, help."""
+
+
+class PodRejectedError(WorkerStartError):
+    """Kubernetes refuses the pod as it is: another attempt is refused too."""
 
 
 class StartTimeoutError(WorkerStartError, TimeoutError):
     """No worker was ready within ``start_timeout`` seconds."""
+
+
+class QuotaError(StartTimeoutError):
+    """A quota of the namespace was used up for ``start_timeout`` seconds."""
+
+
+class UnschedulableError(StartTimeoutError):
+    """No node had room for the pod within ``start_timeout`` seconds."""
 
 
 class RuntimeMismatchError(AsyncrtError):

@@ -27,6 +27,7 @@ from asyncrt.checks import (
     nearest,
 )
 from asyncrt.errors import ConfigError
+from asyncrt.podoptions import PodOptions, PodSettings
 from asyncrt.quantities import parse_cpu, parse_limit, parse_memory
 
 BACKENDS: Final = ("local", "docker", "k8s")
@@ -150,7 +151,7 @@ class CallOptions(CommonCallOptions, total=False):
     return_exceptions: bool
 
 
-class PoolOptions(TypedDict, total=False):
+class PoolOptions(PodOptions, total=False):
     """Options of the workers, but how many there may be."""
 
     backend: Any
@@ -295,6 +296,7 @@ class PoolSettings:
             ``spill_limit``).
         store: Where large objects lie, as a URL; not used in stream mode yet.
         echo: Show what calls print, as it comes, on this process's standard output and error.
+        pod: The options that only Kubernetes understands.
     """
 
     backend: Any = "local"
@@ -315,6 +317,7 @@ class PoolSettings:
     spill_limit_bytes: int = 1 << 28
     store: str | None = None
     echo: bool = True
+    pod: PodSettings = PodSettings()
 
     def __post_init__(self) -> None:
         if isinstance(self.backend, str):
@@ -369,7 +372,7 @@ class PoolSettings:
         env = tuple(sorted(self.env.items()))
         backend = self.backend if isinstance(self.backend, str) else id(self.backend)
         resources = (self.cpu_millicores, self.memory_bytes, self.slots, self.recycle_memory_bytes)
-        return (backend, self.runtime, resources, env)
+        return (backend, self.runtime, resources, env, self.pod.shape())
 
     def recycle_limit_bytes(self) -> int | None:
         """Return what a process may hold after a call before it is replaced."""
@@ -380,6 +383,7 @@ class PoolSettings:
 
 CALL_OPTIONS: Final = frozenset(get_type_hints(CallOptions))
 POOL_OPTIONS: Final = frozenset(get_type_hints(ExecutorOptions)) - CALL_OPTIONS
+POD_OPTIONS: Final = frozenset(get_type_hints(PodOptions))  # of the pool's, those in its ``pod``
 
 # Options that users write as quantities: the field that holds the number, and its parser.
 _QUANTITIES: Final[Mapping[str, tuple[str, Callable[..., int]]]] = {
@@ -417,8 +421,11 @@ class Settings:
                 field_name, parse = _QUANTITIES[name]
                 optional = value is None and target is pool
                 target[field_name] = None if optional else parse(value, key=name)
-            else:
+            elif name not in POD_OPTIONS:
                 target[name] = value
+        pod = {name: value for name, value in options.items() if name in POD_OPTIONS}
+        if pod:
+            pool["pod"] = replace(self.pool.pod, **pod)
         return Settings(
             replace(self.pool, **pool) if pool else self.pool,
             replace(self.call, **call) if call else self.call,
@@ -458,6 +465,7 @@ def option_defaults() -> dict[str, Any]:
     pool, call = PoolSettings(), CallSettings()
     return {
         names.get(item.name, item.name): getattr(settings, item.name)
-        for settings in (pool, call)
+        for settings in (pool, pool.pod, call)
         for item in fields(settings)
+        if item.name != "pod"
     }

@@ -11,6 +11,7 @@ parses a message, and every error survives pickle.
     │   └── AuthenticationError             the peer does not know the pool's token
     ├── WorkerStartError                    no worker could be started
     │   └── StartTimeoutError (TimeoutError)  ... within ``start_timeout``
+    ├── KubernetesError                     the API server refused a request, or did not answer
     ├── RuntimeMismatchError                client and worker cannot exchange pickles
     ├── RunCancelledError                   the run was cancelled before this call ended
     ├── RunDeadlineError (TimeoutError)     the run was not done at its ``deadline``
@@ -117,6 +118,48 @@ class WorkerStartError(AsyncrtError):
 
 class StartTimeoutError(WorkerStartError, TimeoutError):
     """No worker was ready within ``start_timeout`` seconds."""
+
+
+class KubernetesError(AsyncrtError):
+    """The Kubernetes API server refused a request, or could not be asked.
+
+    Attributes:
+        status: The HTTP status; 0 if there was no answer.
+        reason: In Kubernetes' own word, such as ``Forbidden``; without an answer ``Unreachable``,
+            ``TLS`` or ``Timeout``.
+        verb: As in a Role: ``create``, ``list``, ``watch``, ...
+        resource: As in a Role: ``pods``, ``pods/log``, ...
+        name: Of the object; empty for a collection.
+        namespace: Empty outside namespaces.
+        detail: The server's (or the system's) own words.
+        hint: What to do about it; empty if that is not known.
+        retry_after: Seconds to wait before another try, if the server said so.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        reason: str = "",
+        verb: str = "",
+        resource: str = "",
+        name: str = "",
+        namespace: str = "",
+        detail: str = "",
+        hint: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.verb = verb
+        self.resource = resource
+        self.name = name
+        self.namespace = namespace
+        self.detail = detail
+        self.hint = hint
+        self.retry_after = retry_after
 
 
 class RuntimeMismatchError(AsyncrtError):

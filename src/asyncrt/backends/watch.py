@@ -269,8 +269,8 @@ class Watch:
                 raise _stream_error(item, self._path)
             metadata = item["metadata"]
             if kind != "BOOKMARK":
-                metadata["name"], metadata["uid"]  # noqa: B018 - must be there
-            metadata["resourceVersion"]  # noqa: B018 - the same
+                metadata["name"], metadata["uid"]
+            metadata["resourceVersion"]
         except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
             raise KubernetesError(
                 f"watch of {self._path}: not an event: {line[:200]!r}", reason="Broken"

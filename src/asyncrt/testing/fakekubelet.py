@@ -108,8 +108,6 @@ class Kubelet:
             pod.signal(signal.SIGKILL)
             if pod.process is not None:
                 await asyncio.shield(pod.process.wait())
-            if not self.lost:
-                await pod.deleted.wait()
             self._pods.pop(uid, None)
 
 

@@ -347,8 +347,8 @@ async def test_port_forward_to_a_pod_that_is_not_there_is_refused(cluster: Clust
 
 async def test_hundreds_of_websockets_are_open_at_once(fake: FakeKubernetes, api: KubeApi) -> None:
     await api.request("POST", MAPS.replace("configmaps", "pods"), body=echo_pod())
-    running = {"watch": True, "fieldSelector": "status.phase=Running"}
-    async with api.stream_lines(PODS, query=running, idle_timeout=60) as stream:
+    query = {"fieldSelector": "status.phase=Running", "watch": "true"}
+    async with api.stream_lines(PODS, query=query, idle_timeout=60) as stream:
         await stream.receive()
     sockets = []
     for _ in range(150):  # aiohttp's own limit is 100

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -35,6 +35,22 @@ _BUSY_SECONDS: Final = 0.005
 _INITIAL_EVENTS_END: Final = "k8s.io/initial-events-end"
 # Refusals that a later try may not meet; others (no right, no such thing) are final.
 _PASSING: Final = (0, 408, 409, 410, 429)
+
+
+class _Known(NamedTuple):
+    """The last state of an object, as bytes.
+
+    Thousands of pods as dicts are millions of objects for the garbage collector, whose rounds
+    would then hold the loop for more than 100 ms each.
+    """
+
+    uid: str
+    version: str
+    data: bytes
+
+    def load(self) -> Object:
+        found: Object = msgspec.json.decode(self.data)
+        return found
 
 
 class Lines(Protocol):
@@ -99,7 +115,7 @@ class Watch:
         if field_selector:
             self._selectors["fieldSelector"] = field_selector
         self._chance = chance or random.Random()  # noqa: S311 - not a secret
-        self._known: dict[tuple[str, str], Object] = {}
+        self._known: dict[tuple[str, str], _Known] = {}
         self._version: str | None = None
         self._streams_lists = True
         self._backoff = _SHORTEST_BACKOFF
@@ -201,7 +217,7 @@ class Watch:
 
     async def _end_of_list(self, present: set[tuple[str, str]], version: str) -> None:
         for key in [key for key in self._known if key not in present]:
-            self._on_event("DELETED", self._known.pop(key))
+            self._on_event("DELETED", self._known.pop(key).load())
             await self._breathe()
         self._version = version
         self._on_synced()
@@ -286,20 +302,22 @@ class Watch:
         before = self._known.get(key)
         kind: Kind = "ADDED"
         if before is not None:
-            if before["metadata"]["uid"] != metadata["uid"]:
-                self._on_event("DELETED", before)  # the same name, another object
-            elif before["metadata"]["resourceVersion"] == metadata["resourceVersion"]:
+            if before.uid != metadata["uid"]:
+                self._on_event("DELETED", before.load())  # the same name, another object
+            elif before.version == metadata["resourceVersion"]:
                 return  # told already
             else:
                 kind = "MODIFIED"
-        self._known[key] = item
+        self._known[key] = _Known(
+            metadata["uid"], metadata["resourceVersion"], msgspec.json.encode(item)
+        )
         self._on_event(kind, item)
 
     def _remove(self, item: Object, present: set[tuple[str, str]] | None) -> None:
         metadata = item["metadata"]
         key = (metadata.get("namespace", ""), metadata["name"])
         before = self._known.get(key)
-        if before is None or before["metadata"]["uid"] != metadata["uid"]:
+        if before is None or before.uid != metadata["uid"]:
             return  # told already
         del self._known[key]
         if present is not None:

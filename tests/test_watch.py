@@ -212,7 +212,7 @@ def test_a_server_that_cannot_list_in_a_stream_is_listed_in_pages(refusal: int) 
         queries = [query for _, query in api.asked]
         assert [query.get("continue") for query in queries[1:3]] == [None, "next"]
         assert all(query["fieldSelector"] == "f=g" for query in queries)
-        assert queries[1]["limit"] == 250
+        assert queries[1]["limit"] == 100
         assert queries[3]["resourceVersion"] == "5"
 
     run_in_virtual_time(main)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["ADDED", "MODIFIED", "DELETED"]
 Object = dict[str, Any]
 
-_PAGE_OBJECTS: Final = 250
+_PAGE_OBJECTS: Final = 100  # pods of 5 KB: 5 ms to decode, as one piece
 _SERVER_TIMEOUT: Final = (240, 480)
 _SILENCE_SECONDS: Final = 90.0
 _BEGIN_SECONDS: Final = 20.0

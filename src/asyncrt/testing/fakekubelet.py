@@ -48,8 +48,8 @@ class Kubelet:
         self._store = store
         self._record = record
         self._hollow = hollow
-        self._directory = Path(tempfile.mkdtemp(prefix="fake-kubernetes-"))
-        self._site = self._directory / "site"
+        self.directory = Path(tempfile.mkdtemp(prefix="fake-kubernetes-"))
+        self._site = self.directory / "site"
         self._site.mkdir()
         (self._site / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
         self._number = 0
@@ -65,7 +65,7 @@ class Kubelet:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def pod(self, name: str) -> _Pod | None:
         """Return the pod that the node has under a name."""
@@ -117,7 +117,7 @@ class _Pod:
     def __init__(self, kubelet: Kubelet, item: Object, address: str) -> None:
         self.name = str(item["metadata"]["name"])
         self.address = address
-        self.directory = kubelet._directory / item["metadata"]["uid"]
+        self.directory = kubelet.directory / item["metadata"]["uid"]
         self.log = self.directory / "log"
         self.deleted = asyncio.Event()
         self.process: asyncio.subprocess.Process | None = None

@@ -357,6 +357,34 @@ async def test_the_version_is_told_and_pods_can_be_made_without_a_job(
     await until(api, f"{path}/status", lambda pod: pod["status"]["phase"] == "Succeeded")
 
 
+async def test_a_process_that_ends_ends_its_port_forward(
+    fake: FakeKubernetes, cluster: Cluster, api: KubeApi
+) -> None:
+    code = (
+        "import socket\n"
+        "listener = socket.create_server(('127.0.0.1', 9000))\n"
+        "print('listening', flush=True)\n"
+        "connection, _ = listener.accept()\nconnection.sendall(b'x' + connection.recv(9))"
+    )
+    await api.request("POST", cluster.jobs, body=job("one", code))
+    (pod,) = await until_pods(api, cluster, "one", lambda pods: phases(pods) == ["Running"])
+    path = f"{cluster.core('pods')}/{pod['metadata']['name']}"
+    with pytest.raises(KubernetesError) as caught:
+        await api.websocket(f"{path}/portforward")
+    assert caught.value.status == 400
+    async with api.stream_lines(f"{path}/log", query={"follow": True}) as stream:
+        assert await stream.receive() == [b"listening"]
+    socket = await api.websocket(f"{path}/portforward", query={"ports": 9000})
+    await socket.send_bytes(b"\0y")
+    messages = [await socket.receive() for _ in range(4)]
+    assert messages[2].data == b"\0xy"
+    assert messages[3].data in (1000, None)
+    await socket.close()
+    await until_pods(api, cluster, "one", lambda pods: phases(pods) == ["Succeeded"])
+    async with api.stream_lines(f"{path}/log", query={"limitBytes": 4}) as stream:
+        assert await stream.receive() == []  # no whole line
+
+
 async def test_hollow_pods_run_without_a_process(tmp_path: Path) -> None:
     async with FakeKubernetes(hollow=True) as fake:
         cluster = Cluster(fake.kubeconfig(tmp_path / "config"), "default", fake)

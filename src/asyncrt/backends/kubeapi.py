@@ -164,7 +164,7 @@ class KubeApi:
             ConfigError: The credentials could not be loaded again.
         """
         target = describe_request(method, path, query)
-        send = _Request(self, method, path, query, body, content_type)
+        send = _Request(method, path, query, body, content_type)
         may_repeat = method in _REPEATABLE if repeatable is None else repeatable
         deadline = anyio.current_time() + timeout
         reloaded, tries = False, 0
@@ -190,6 +190,8 @@ class KubeApi:
         self, send: _Request, target: Target, deadline: float
     ) -> tuple[KubernetesError | None, bool]:
         """Send a request once; return what is wrong, and whether it may have had its effect."""
+        import aiohttp  # noqa: PLC0415 - slow: only when needed
+
         left = max(0.001, deadline - anyio.current_time())
         try:
             with anyio.fail_after(min(left, _ATTEMPT_SECONDS)):
@@ -202,11 +204,7 @@ class KubeApi:
             return error, error.reason != "Unreachable"
         except TimeoutError as error:
             return no_answer(target, error, server=self.server, reason="Timeout"), True
-        except OSError as error:  # aiohttp's are, while a body is read, too
-            return no_answer(target, error, server=self.server, reason="Broken"), True
-        except Exception as error:
-            if not _is_client_error(error):
-                raise
+        except (aiohttp.ClientError, OSError) as error:  # while the body was read
             return no_answer(target, error, server=self.server, reason="Broken"), True
         if not 200 <= response.status <= 299:
             after = _seconds(response.headers.get("Retry-After"))
@@ -366,7 +364,6 @@ class _Request:
 
     def __init__(
         self,
-        api: KubeApi,
         method: str,
         path: str,
         query: Query | None,
@@ -429,12 +426,6 @@ def _reason_of(error: Exception) -> str:
     if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
         return "Unreachable"  # so it had no effect
     return "Broken"
-
-
-def _is_client_error(error: Exception) -> bool:
-    import aiohttp  # noqa: PLC0415 - slow: only when needed
-
-    return isinstance(error, aiohttp.ClientError)
 
 
 def _texts(query: Query | None) -> dict[str, str]:

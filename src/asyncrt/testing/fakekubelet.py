@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import anyio
+
 from asyncrt.testing.fakepods import (
     SITE_CUSTOMIZE,
     Container,
@@ -24,6 +26,7 @@ from asyncrt.testing.fakepods import (
 from asyncrt.testing.fakestore import Change, Object, Store, timestamp
 
 _RETRY_SECONDS: Final = 0.1
+_REAP_SECONDS: Final = 5.0
 _MESSAGE_BYTES: Final = 4096
 _FALLBACK_LINES: Final = 80
 _FALLBACK_BYTES: Final = 2048
@@ -106,8 +109,9 @@ class Kubelet:
             await pod.live()
         finally:
             pod.signal(signal.SIGKILL)
-            if pod.process is not None:
-                await asyncio.shield(pod.process.wait())
+            with anyio.move_on_after(_REAP_SECONDS, shield=True):
+                if pod.process is not None:
+                    await pod.process.wait()
             self._pods.pop(uid, None)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
 
+import anyio
 import msgspec
 from aiohttp import web
 
@@ -26,6 +27,7 @@ from asyncrt.testing.fakestore import ApiError, Object, Store, timestamp
 
 BreakHow = Literal["gone", "error", "eof", "half_line", "silence", "reset"]
 
+_STOP_SECONDS: Final = 10.0
 _EVENTS_NAMED: Final = 63
 
 
@@ -114,7 +116,8 @@ class FakeKubernetes:
                 self._context = await asyncio.to_thread(self._make_certificate)
             await self._listen()
         except BaseException:
-            await self._stop_cluster()
+            with anyio.move_on_after(_STOP_SECONDS, shield=True):
+                await self._stop_cluster()
             raise
         return self
 
@@ -133,11 +136,9 @@ class FakeKubernetes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await asyncio.shield(self._stop())
-
-    async def _stop(self) -> None:
-        await self._runner.cleanup()
-        await self._stop_cluster()
+        with anyio.move_on_after(_STOP_SECONDS, shield=True):
+            await self._runner.cleanup()
+            await self._stop_cluster()
 
     async def _stop_cluster(self) -> None:
         self.controllers.close()

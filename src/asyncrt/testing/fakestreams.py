@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 from typing import Final, Protocol
 
+import anyio
 from aiohttp import WSMsgType, web
 
 from asyncrt.testing.fakestore import ApiError, Object
 
 _PROTOCOL: Final = "v4.channel.k8s.io"
 _CHUNK_BYTES: Final = 1 << 15  # of the kubelet's own copying
+_CLOSE_SECONDS: Final = 2.0
 _FOLLOW_SECONDS: Final = 0.05
 
 
@@ -115,10 +117,10 @@ async def forward_ports(
     finally:
         for task in readers:
             task.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
         for writer in connections:
             writer.close()
-        if not socket.closed:
+        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+            await asyncio.gather(*readers, return_exceptions=True)
             await socket.close()
     return socket
 

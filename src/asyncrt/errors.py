@@ -15,6 +15,7 @@ parses a message, and every error survives pickle.
     │   └── StartTimeoutError (TimeoutError)  ... within ``start_timeout``
     │       ├── QuotaError                      a quota of the namespace is used up
     │       └── UnschedulableError              no node has room for it
+    ├── KubernetesError                     the API server refused a request, or did not answer
     ├── RuntimeMismatchError                client and worker cannot exchange pickles
     ├── ModulesError                        a local module that the function needs cannot travel
     ├── RunCancelledError                   the run was cancelled before this call ended
@@ -159,6 +160,48 @@ class QuotaError(StartTimeoutError):
 
 class UnschedulableError(StartTimeoutError):
     """No node had room for the pod within ``start_timeout`` seconds."""
+
+
+class KubernetesError(AsyncrtError):
+    """The Kubernetes API server refused a request, or could not be asked.
+
+    Attributes:
+        status: The HTTP status; 0 if there was no answer.
+        reason: In Kubernetes' own word, such as ``Forbidden``; without an answer ``Unreachable``,
+            ``TLS`` or ``Timeout``.
+        verb: As in a Role: ``create``, ``list``, ``watch``, ...
+        resource: As in a Role: ``pods``, ``pods/log``, ...
+        name: Of the object; empty for a collection.
+        namespace: Empty outside namespaces.
+        detail: The server's (or the system's) own words.
+        hint: What to do about it; empty if that is not known.
+        retry_after: Seconds to wait before another try, if the server said so.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        reason: str = "",
+        verb: str = "",
+        resource: str = "",
+        name: str = "",
+        namespace: str = "",
+        detail: str = "",
+        hint: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.verb = verb
+        self.resource = resource
+        self.name = name
+        self.namespace = namespace
+        self.detail = detail
+        self.hint = hint
+        self.retry_after = retry_after
 
 
 class RuntimeMismatchError(AsyncrtError):

@@ -17,7 +17,8 @@
 ``ScriptedBackend`` has workers in memory that speak the real protocol and break down when told to.
 ``VirtualClockEventLoop`` jumps to the next timer instead of waiting. ``InterposedBackend`` lets a
 test cut the connections of any backend. ``BackendConformance`` is a pytest class that the tests of
-a backend inherit; it needs pytest, the others do not.
+a backend inherit; it needs pytest, the others do not. ``FakeKubernetes`` is a cluster on this
+machine, with a real API over TCP and pods that are local processes: the one that is not in memory.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from asyncrt.testing.scriptedcalls import takes
 
 if TYPE_CHECKING:
     from asyncrt.testing.conformance import BackendConformance
+    from asyncrt.testing.fakekubernetes import FakeKubernetes
 
 __all__ = [
     "BackendConformance",
+    "FakeKubernetes",
     "InterposedBackend",
     "InterposedWorker",
     "ScriptedBackend",
@@ -45,8 +48,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name != "BackendConformance":
-        raise AttributeError(f"module 'asyncrt.testing' has no attribute {name!r}")
-    from asyncrt.testing.conformance import BackendConformance  # noqa: PLC0415 - needs pytest
+    if name == "BackendConformance":
+        from asyncrt.testing.conformance import BackendConformance  # noqa: PLC0415 - needs pytest
 
-    return BackendConformance
+        return BackendConformance
+    if name == "FakeKubernetes":
+        from asyncrt.testing.fakekubernetes import FakeKubernetes  # noqa: PLC0415 - slow: aiohttp
+
+        return FakeKubernetes
+    raise AttributeError(f"module 'asyncrt.testing' has no attribute {name!r}")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar, Unpack
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from asyncrt.checks import check_count, check_number
 from asyncrt.errors import ExecutorClosedError, NestedExecutorError
@@ -30,6 +29,7 @@ from asyncrt.options import (
 from asyncrt.run import Run
 from asyncrt.serialize import PackedFunction, label_of
 from asyncrt.sources import as_sequences
+from asyncrt.threads import run_in_thread
 
 if TYPE_CHECKING:
     from asyncrt.call import Call
@@ -114,7 +114,7 @@ class Executor:
             )
         if self._host is not None:
             raise ExecutorClosedError("this executor was opened before: make a new one")
-        settings = await anyio.to_thread.run_sync(self.resolve)
+        settings = await run_in_thread(self.resolve)
         backend = choose_backend(settings.pool)
         self._host = Host()
         try:

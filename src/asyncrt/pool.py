@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from asyncrt.actions import (
@@ -54,6 +53,7 @@ from asyncrt.results import (
 from asyncrt.run import Run
 from asyncrt.serialize import pack_arguments
 from asyncrt.spill import Spill
+from asyncrt.threads import run_in_thread
 from asyncrt.worker.protocol import Buffer, Frame, Kind, byte_length
 
 logger = logging.getLogger(__name__)
@@ -455,9 +455,7 @@ class WorkerPool:
     async def _take_large(self, link: Link, parts: list[Part], body: Buffer) -> None:
         """Unpickle in a thread; the loop goes on between slices of a large object."""
         later = self._spill.defers
-        found = await anyio.to_thread.run_sync(
-            lambda: list(self._load(link, parts, body, later=later))
-        )
+        found = await run_in_thread(lambda: list(self._load(link, parts, body, later=later)))
         for outcomes in found:
             if self._dispatcher.chunk(link.name, outcomes.chunk.id) is outcomes.chunk:
                 self._take(link, outcomes)

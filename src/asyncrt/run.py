@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
@@ -10,7 +11,6 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 import anyio
-import anyio.to_thread
 
 from asyncrt.call import Call, Calls
 from asyncrt.calllogs import CallLogs
@@ -24,6 +24,7 @@ from asyncrt.serialize import PackedFunction
 from asyncrt.sources import Feed
 from asyncrt.spill import Deferred
 from asyncrt.stragglers import Stragglers
+from asyncrt.threads import run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,9 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
         if self._error is not None:
             raise self._error.with_traceback(self._traceback)  # not longer with each await
         if any(isinstance(value, Deferred) for value in self._values):
-            self._values = await anyio.to_thread.run_sync(self._load_all, list(self._values))
+            self._values = await run_in_thread(
+                functools.partial(self._load_all, list(self._values))
+            )
         return list(self._values)
 
     def _load_all(self, values: list[Any]) -> list[Any]:
@@ -232,7 +235,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             raise StopAsyncIteration
         value = self._deliver(index)
         if isinstance(value, Deferred):
-            value = await anyio.to_thread.run_sync(self._load, value)
+            value = await run_in_thread(functools.partial(self._load, value))
         return cast("R", value)
 
     async def as_completed(self) -> AsyncIterator[Call[R]]:
@@ -351,7 +354,7 @@ class Run(Awaitable[list[R]], AsyncIterator[R], Generic[R]):
             if state == SUCCEEDED:
                 value = self._values[index - self._base]
                 if isinstance(value, Deferred):
-                    value = await anyio.to_thread.run_sync(value.load)
+                    value = await run_in_thread(value.load)
                 return cast("R", value)
             if state == FAILED:
                 raise self._values[index - self._base]

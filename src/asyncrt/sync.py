@@ -308,7 +308,7 @@ class Executor(_StandardExecutor):
         core, base = self._ready()
         core.check(base.shape)
         if not iterables:
-            raise TypeError("map needs at least one iterable of arguments")
+            return iter(())
         check_count("buffersize", buffersize, optional=True)
         profile = Profile(base.settings.updated(options, only_calls=True))
         call = profile.settings.call
@@ -426,7 +426,7 @@ class Executor(_StandardExecutor):
         choose_backend(settings.pool)
         core = Core(config, self._options)
         # At exit, calls are dealt with while workers can still be started. See ``synccore``.
-        weakref.finalize(self, core.close).atexit = False
+        weakref.finalize(self, core.drop).atexit = False
         if self._closed:
             core.close()
         return core, Profile(settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import os
@@ -145,6 +146,7 @@ class Future(concurrent.futures.Future[R]):
         What it raises is logged. Callbacks run in the order in which they were added.
         """
         if self._core is not None:
+            self._core.callbacks.prepare()
             fn = functools.partial(self._core.callbacks.call, fn)
         super().add_done_callback(fn)
 
@@ -187,17 +189,28 @@ class Callbacks:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
         self.loop_thread: int | None = None  # its identity, known when the loop runs
+
+    def prepare(self) -> None:
+        """Have the thread. Not when it is needed: none can be started while the program exits."""
+        if self._thread is not None:
+            return
+        with self._lock, contextlib.suppress(RuntimeError):  # it exits already
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="asyncrt-callbacks", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def call(self, fn: _Callback, future: concurrent.futures.Future[Any]) -> None:
         """Call back, here or (in the event loop's thread) in the other thread."""
         if threading.get_ident() != self.loop_thread:
             fn(future)
             return
-        self._queue.put(functools.partial(_call_back, fn, future))
-        if self._thread is None:  # only the event loop's thread comes here
-            self._thread = threading.Thread(target=self._run, name="asyncrt-callbacks", daemon=True)
-            self._thread.start()
+        if self._thread is None:
+            _call_back(fn, future)
+        else:
+            self._queue.put(functools.partial(_call_back, fn, future))
 
     def _run(self) -> None:
         while (callback := self._queue.get()) is not None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-import anyio.to_thread
 import cloudpickle
 
 import asyncrt
@@ -30,6 +29,7 @@ from asyncrt.backends.cgroup import MemoryGroup, make_memory_group
 from asyncrt.errors import ConfigError, WorkerStartError
 from asyncrt.options import PoolSettings
 from asyncrt.pack import pack_worker
+from asyncrt.threads import run_in_thread
 from asyncrt.worker.modules import remove
 from asyncrt.worker.protocol import Buffer
 from asyncrt.worker.settings import WorkerSettings
@@ -73,7 +73,7 @@ class LocalBackend:
         program = directory / "worker.pyz"
         pool = LocalPool(settings, token, directory, program, self._spawn, self._sys_path)
         try:
-            await anyio.to_thread.run_sync(lambda: program.write_bytes(pack_worker()))
+            await run_in_thread(lambda: program.write_bytes(pack_worker()))
             yield pool
         finally:
             with anyio.CancelScope(shield=True):
@@ -153,7 +153,7 @@ class LocalPool:
         self, listen_fd: int, settings: WorkerSettings, group: MemoryGroup | None
     ) -> subprocess.Popen[bytes]:
         enter = [] if group is None else group.enter_command()
-        process = await anyio.to_thread.run_sync(
+        process = await run_in_thread(
             lambda: subprocess.Popen(
                 [*enter, sys.executable, str(self._program), "serve", "-"],
                 stdin=subprocess.PIPE,
@@ -164,7 +164,6 @@ class LocalPool:
                 start_new_session=True,
                 bufsize=0,
             ),
-            abandon_on_cancel=False,
         )
         stdin = process.stdin
         assert stdin is not None

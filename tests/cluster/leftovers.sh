@@ -1,0 +1,137 @@
+# shellcheck shell=bash
+# Part of scripts/cluster: what the parts leave behind on the machine; how `down` removes it and
+# makes sure. Ours is what names our directory, the bridge cni0, a pod's cgroup, or a chain of the
+# names that Kubernetes and CNI plugins give.
+
+CHAINS='(KUBE|CNI)-[A-Z0-9a-z-]+'
+
+# our_processes prints the pids of the parts and of all pods, whoever is their parent.
+our_processes() {
+    local directory pid program arguments
+    for directory in /proc/[0-9]*; do
+        pid=${directory#/proc/}
+        if [ "$pid" = $$ ] || [ -z "$(started_at "$pid")" ]; then continue; fi
+        program=$(readlink "$directory/exe" 2>/dev/null) || continue
+        case ${program##*/} in
+        kubenode-* | weed* | kwok) # kubectl is the caller's: it is the same binary, and ends by itself
+            if [[ $program == "$DIR/"* && $(argument_zero "$pid") != *kubectl ]]; then
+                echo "$pid"
+                continue
+            fi
+            ;;
+        containerd* | docker-registry | runc)
+            arguments=$(tr '\0' ' ' <"$directory/cmdline" 2>/dev/null) || continue
+            if [[ $arguments == *"$RUN/"* ]]; then
+                echo "$pid"
+                continue
+            fi
+            ;;
+        esac
+        if grep -q ':/kubepods' "$directory/cgroup" 2>/dev/null; then echo "$pid"; fi
+    done
+}
+
+argument_zero() { # argument_zero PID
+    local first=
+    { IFS= read -r -d '' first <"/proc/$1/cmdline"; } 2>/dev/null || true
+    echo "$first"
+}
+
+our_pods_processes() {
+    grep -ls ':/kubepods' /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3
+}
+
+# kill_pods ends the containers' processes; containerd and its shims then see them gone.
+kill_pods() {
+    local pids
+    mapfile -t pids < <(our_pods_processes || true)
+    if [ ${#pids[@]} -gt 0 ]; then kill -9 "${pids[@]}" 2>/dev/null || true; fi
+}
+
+our_mounts() { awk -v below="$RUN/" 'index($2, below) == 1 {print $2}' /proc/mounts | sort -r; }
+
+our_interfaces() {
+    { ip -o link show master cni0; ip -o link show dev cni0; } 2>/dev/null |
+        awk -F': ' '{sub(/@.*/, "", $2); print $2}'
+    # Named at `down`'s begin: a port of a bridge that is gone cannot be told from others.
+    local name
+    while read -r name; do
+        if [ -e "/sys/class/net/$name" ]; then echo "$name"; fi
+    done < <(cat "$RUN/interfaces" 2>/dev/null)
+}
+
+our_routes() { ip route show table all 2>/dev/null | grep -E '(^| )10\.24[45]\.| dev cni0( |$)'; }
+
+our_rules() {
+    local save
+    for save in iptables-save ip6tables-save; do
+        "$save" 2>/dev/null | grep -E "^:$CHAINS |$CHAINS" | sed "s/^/${save%-save} /"
+    done
+}
+
+our_cgroups() { find /sys/fs/cgroup -depth -type d \( -path '*/kubepods' -o -path '*/kubepods/*' \) 2>/dev/null; }
+
+our_socket_directories() { # of containerd's shims, which do not ask where
+    local socket
+    for socket in /run/containerd/s/*; do
+        if [ -S "$socket" ] && ! ss -Hxl 2>/dev/null | grep -qF "$socket"; then echo "$socket"; fi
+    done
+}
+
+remove_leftovers() {
+    our_interfaces | sort -u >"$RUN/interfaces.new" || true
+    mv "$RUN/interfaces.new" "$RUN/interfaces"
+    kill_processes
+    our_mounts | xargs -r -d '\n' umount -l 2>/dev/null || true
+    local name
+    while read -r name; do ip link delete "$name" 2>/dev/null || true; done < <(our_interfaces | sort -u)
+    remove_rules iptables
+    remove_rules ip6tables
+    our_cgroups | xargs -r -d '\n' rmdir 2>/dev/null || true
+    our_socket_directories | xargs -r -d '\n' rm -f
+    restore_sysctls
+}
+
+kill_processes() {
+    local pids _
+    for _ in {1..50}; do
+        mapfile -t pids < <(our_processes)
+        if [ ${#pids[@]} -eq 0 ]; then return; fi
+        kill -9 "${pids[@]}" 2>/dev/null || true
+        sleep 0.1
+    done
+}
+
+# remove_rules takes out the rules that jump into our chains, then the chains; it never writes a
+# whole table, which would undo what another program changes meanwhile.
+remove_rules() { # remove_rules iptables|ip6tables
+    local table rule chain words
+    for table in filter nat mangle raw; do
+        while read -r rule; do
+            # The quotes in iptables' own output are for a shell: xargs takes them off.
+            mapfile -t words < <(xargs -n1 printf '%s\n' <<<"${rule/#-A/-D}")
+            "$1" -w -t "$table" "${words[@]}" 2>/dev/null || true
+        done < <("$1" -w -t "$table" -S 2>/dev/null | grep -E -- "^-A .*$CHAINS" | grep -vE -- "^-A $CHAINS")
+        mapfile -t words < <("$1" -w -t "$table" -S 2>/dev/null | sed -nE "s/^-N ($CHAINS)\$/\1/p")
+        for chain in "${words[@]}"; do "$1" -w -t "$table" -F "$chain" 2>/dev/null || true; done
+        for chain in "${words[@]}"; do "$1" -w -t "$table" -X "$chain" 2>/dev/null || true; done
+    done
+}
+
+restore_sysctls() {
+    local name value
+    while read -r name value; do
+        echo "$value" >"/proc/sys/${name//.//}" || say "could not set $name back to $value"
+    done < <(cat "$RUN/sysctls" 2>/dev/null)
+}
+
+# list_leftovers prints one line for everything of ours that is still there.
+list_leftovers() {
+    our_processes | sed 's/^/left: process /'
+    our_mounts | sed 's/^/left: mount /'
+    our_interfaces | sed 's/^/left: interface /'
+    our_routes | sed 's/^/left: route /'
+    our_rules | sed 's/^/left: rule /'
+    our_cgroups | sed 's/^/left: cgroup /'
+    our_socket_directories | sed 's/^/left: socket /'
+}

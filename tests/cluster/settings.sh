@@ -63,7 +63,7 @@ write_certificates() {
     (
         umask 077
         openssl req -x509 -newkey rsa:2048 -nodes -keyout "$pki/ca.key" -out "$pki/ca.crt" -days 3650 \
-            -subj /CN=asyncrt-test
+            -subj /CN=asyncrt-test -addext keyUsage=critical,keyCertSign,cRLSign
         sign_certificate apiserver /CN=kube-apiserver "$names"
         sign_certificate admin /O=system:masters/CN=admin "$names"
         sign_certificate kubelet "/O=system:nodes/CN=system:node:$NODE" "$names"
@@ -78,7 +78,8 @@ sign_certificate() { # sign_certificate NAME SUBJECT ALTERNATIVE_NAMES
     openssl req -newkey rsa:2048 -nodes -keyout "$pki/$1.key" -out "$pki/$1.csr" -subj "$2"
     openssl x509 -req -in "$pki/$1.csr" -CA "$pki/ca.crt" -CAkey "$pki/ca.key" -CAcreateserial \
         -days 3650 -out "$pki/$1.crt" \
-        -extfile <(printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth,clientAuth' "$3")
+        -extfile <(printf '%s\n' "subjectAltName=$3" extendedKeyUsage=serverAuth,clientAuth \
+            subjectKeyIdentifier=hash authorityKeyIdentifier=keyid)
 }
 
 write_kubeconfig() { # write_kubeconfig USER

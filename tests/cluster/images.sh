@@ -53,3 +53,16 @@ make_empty() {
     push_rootfs library/nopython 1 "$archive" --cmd /bin/sh
     rm -f "$archive"
 }
+
+ctr_k8s() { ctr -a "$RUN/containerd/containerd.sock" -n k8s.io "$@"; }
+
+# pull_images brings the images to the node. Unpacked at a test's first pod, they would take seconds
+# of its time; later tests would find them there.
+pull_images() {
+    local name
+    for name in "$REGISTRY/pause:3" docker.io/library/{python:3.11-slim,python:3.13-slim,nopython:1}; do
+        if [ -z "$(ctr_k8s images ls -q "name==$name")" ]; then
+            ctr_k8s images pull --hosts-dir "$RUN/hosts" "$name"
+        fi
+    done >"$RUN/logs/pull.log" 2>&1
+}

@@ -37,17 +37,6 @@ argument_zero() { # argument_zero PID
     echo "$first"
 }
 
-our_pods_processes() {
-    grep -ls ':/kubepods' /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3
-}
-
-# kill_pods ends the containers' processes; containerd and its shims then see them gone.
-kill_pods() {
-    local pids
-    mapfile -t pids < <(our_pods_processes || true)
-    if [ ${#pids[@]} -gt 0 ]; then kill -9 "${pids[@]}" 2>/dev/null || true; fi
-}
-
 our_mounts() { awk -v below="$RUN/" 'index($2, below) == 1 {print $2}' /proc/mounts | sort -r; }
 
 our_interfaces() {
@@ -71,27 +60,33 @@ our_rules() {
 
 our_cgroups() { find /sys/fs/cgroup -depth -type d \( -path '*/kubepods' -o -path '*/kubepods/*' \) 2>/dev/null; }
 
-our_socket_directories() { # of containerd's shims, which do not ask where
+# our_sockets prints the sockets that containerd's shims have left: they do not ask where to put them.
+our_sockets() {
     local socket
     for socket in /run/containerd/s/*; do
         if [ -S "$socket" ] && ! ss -Hxl 2>/dev/null | grep -qF "$socket"; then echo "$socket"; fi
     done
 }
 
+# our_log_links prints the links to pods' logs that the kubelet makes, whatever podLogsDir says.
+our_log_links() { find /var/log/containers -type l -lname "$RUN/*" 2>/dev/null; }
+
 remove_leftovers() {
     our_interfaces | sort -u >"$RUN/interfaces.new" || true
     mv "$RUN/interfaces.new" "$RUN/interfaces"
     kill_processes
     our_mounts | xargs -r -d '\n' umount -l 2>/dev/null || true
-    local name
-    while read -r name; do ip link delete "$name" 2>/dev/null || true; done < <(our_interfaces | sort -u)
+    our_interfaces | sort -u | xargs -r -n1 ip link delete 2>/dev/null || true
     remove_rules iptables
     remove_rules ip6tables
     our_cgroups | xargs -r -d '\n' rmdir 2>/dev/null || true
-    our_socket_directories | xargs -r -d '\n' rm -f
+    { our_sockets; our_log_links; } | xargs -r -d '\n' rm -f
+    rmdir /var/log/containers 2>/dev/null || true # unless others use it
     restore_sysctls
 }
 
+# kill_processes does not ask first: nothing is kept that could be damaged. The kubelet and
+# containerd's shims may start another process meanwhile, so it looks again until there is none.
 kill_processes() {
     local pids _
     for _ in {1..50}; do
@@ -108,8 +103,7 @@ remove_rules() { # remove_rules iptables|ip6tables
     local table rule chain words
     for table in filter nat mangle raw; do
         while read -r rule; do
-            # The quotes in iptables' own output are for a shell: xargs takes them off.
-            mapfile -t words < <(xargs -n1 printf '%s\n' <<<"${rule/#-A/-D}")
+            mapfile -t words < <(unquote <<<"${rule/#-A/-D}")
             "$1" -w -t "$table" "${words[@]}" 2>/dev/null || true
         done < <("$1" -w -t "$table" -S 2>/dev/null | grep -E -- "^-A .*$CHAINS" | grep -vE -- "^-A $CHAINS")
         mapfile -t words < <("$1" -w -t "$table" -S 2>/dev/null | sed -nE "s/^-N ($CHAINS)\$/\1/p")
@@ -117,6 +111,10 @@ remove_rules() { # remove_rules iptables|ip6tables
         for chain in "${words[@]}"; do "$1" -w -t "$table" -X "$chain" 2>/dev/null || true; done
     done
 }
+
+# unquote prints the words of a line that iptables has quoted as for a shell. A shell would also
+# run what stands in a comment.
+unquote() { python3 -c 'import shlex, sys; print(*shlex.split(sys.stdin.read()), sep="\n")'; }
 
 restore_sysctls() {
     local name value
@@ -127,11 +125,9 @@ restore_sysctls() {
 
 # list_leftovers prints one line for everything of ours that is still there.
 list_leftovers() {
-    our_processes | sed 's/^/left: process /'
-    our_mounts | sed 's/^/left: mount /'
-    our_interfaces | sed 's/^/left: interface /'
-    our_routes | sed 's/^/left: route /'
-    our_rules | sed 's/^/left: rule /'
-    our_cgroups | sed 's/^/left: cgroup /'
-    our_socket_directories | sed 's/^/left: socket /'
+    local kind
+    for kind in processes mounts interfaces routes rules cgroups sockets log_links; do
+        # grep and find fail where there is nothing.
+        { "our_$kind" || true; } | sed "s/^/left of ${kind/_/ }: /"
+    done
 }

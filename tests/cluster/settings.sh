@@ -109,9 +109,9 @@ write_network_settings() {
 JSON
 }
 
-# containerd: the mirror of docker.io makes python:3.11-slim resolve to library/python of our
-# registry; where CAP_SYS_RESOURCE is missing, a negative oom_score_adj would fail every pod; network
-# namespaces are mounted below our directory, so that `down` knows them as ours.
+# containerd: hosts/docker.io makes python:3.11-slim resolve to library/python of our registry.
+# Where CAP_SYS_RESOURCE is missing, a negative oom_score_adj would fail every pod. Network namespaces
+# are mounted below our directory, so that `down` knows them as ours.
 write_containerd_settings() {
     cat >"$RUN/containerd.toml" <<TOML
 version = 2
@@ -128,10 +128,14 @@ oom_score = 0
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "$RUN/cni"
-  [plugins."io.containerd.grpc.v1.cri".registry.mirrors."$REGISTRY"]
-    endpoint = ["http://$REGISTRY"]
-  [plugins."io.containerd.grpc.v1.cri".registry.mirrors."docker.io"]
-    endpoint = ["http://$REGISTRY"]
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "$RUN/hosts"
+TOML
+    mkdir -p "$RUN/hosts/docker.io"
+    cat >"$RUN/hosts/docker.io/hosts.toml" <<TOML
+server = "http://$REGISTRY"
+[host."http://$REGISTRY"]
+  capabilities = ["pull", "resolve"]
 TOML
 }
 

@@ -107,13 +107,15 @@ start_part() { # start_part PART
 }
 
 check_ports() { # check_ports PART
-    local port holder
+    local port holder _
     for port in ${PORTS[$1]:-}; do
-        holder=$(ss -Hltnp "sport = :$port" 2>/dev/null)
-        if [ -n "$holder" ]; then
-            die "port $port, which $1 needs, is taken: stop $(sed 's/.*users:((//; s/,fd=.*//' \
-                <<<"${holder%%$'\n'*}")"
-        fi
+        for _ in {1..25}; do # a process that was just killed lets go of its port a moment later
+            holder=$(ss -Hltnp "sport = :$port")
+            if [ -z "$holder" ]; then continue 2; fi
+            sleep 0.2
+        done
+        holder=$(sed -n 's/.*users:(("\([^"]*\)",pid=\([0-9]*\).*/\1 (process \2)/p' <<<"$holder")
+        die "port $port, which $1 needs, is taken by ${holder:-another program}: stop that first"
     done
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -381,10 +380,8 @@ async def delete_namespace(api: ClusterApi, name: str) -> None:
 
 def find_own_kubeconfig() -> Path:
     """Return where `scripts/cluster` puts its kubeconfig, whether it is up or not."""
-    exports = subprocess.run([SCRIPT, "env"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"^export ASYNCRT_TEST_KUBECONFIG=(.*)$", exports, re.M)
-    assert found is not None, exports
-    return Path(found[1])
+    directory = os.environ.get("ASYNCRT_CLUSTER_DIR") or Path.home() / ".cache/asyncrt-cluster"
+    return Path(directory) / "run" / "admin.kubeconfig"
 
 
 def find_images(own: bool) -> Images:
@@ -403,7 +400,7 @@ def cluster() -> Cluster:
         path = Path(named).expanduser().resolve()
         is_own = path == own.resolve()
         return Cluster(path, find_images(is_own), NodeControls() if is_own else None)
-    status = subprocess.run([SCRIPT, "status"], capture_output=True, text=True, check=False)
+    status = subprocess.run([SCRIPT, "status"], capture_output=True, check=False)
     if status.returncode:
         pytest.skip(
             "no Kubernetes cluster: `scripts/cluster up` starts one (as root on Debian 12), or "

@@ -398,6 +398,8 @@ def cluster() -> Cluster:
     named = os.environ.get("ASYNCRT_TEST_KUBECONFIG")
     if named:  # whoever names one wants the tests to fail if it is not there
         path = Path(named).expanduser().resolve()
+        if not path.is_file():
+            pytest.fail(f"ASYNCRT_TEST_KUBECONFIG names {path}, which is no file")
         is_own = path == own.resolve()
         return Cluster(path, find_images(is_own), NodeControls() if is_own else None)
     status = subprocess.run([SCRIPT, "status"], capture_output=True, check=False)

@@ -69,7 +69,9 @@ our_sockets() {
 }
 
 # our_log_links prints the links to pods' logs that the kubelet makes, whatever podLogsDir says.
-our_log_links() { find /var/log/containers -type l -lname "$RUN/*" 2>/dev/null; }
+our_log_links() {
+    if [ -d /var/log/containers ]; then find /var/log/containers -type l -lname "$RUN/*"; fi
+}
 
 remove_leftovers() {
     our_interfaces | sort -u >"$RUN/interfaces.new" || true
@@ -80,7 +82,8 @@ remove_leftovers() {
     remove_rules iptables
     remove_rules ip6tables
     our_cgroups | xargs -r -d '\n' rmdir 2>/dev/null || true
-    { our_sockets; our_log_links; } | xargs -r -d '\n' rm -f
+    our_sockets | xargs -r -d '\n' rm -f
+    our_log_links | xargs -r -d '\n' rm -f
     rmdir /var/log/containers 2>/dev/null || true # unless others use it
     restore_sysctls
 }

@@ -20,7 +20,7 @@ make_pause() {
     local directory
     say "making the pause image"
     directory=$(mktemp -d)
-    (cd "$sources/pause" && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$directory/pause" .)
+    CGO_ENABLED=0 go build -C "$sources/pause" -trimpath -ldflags '-s -w' -o "$directory/pause" .
     tar -C "$directory" --owner 0 --group 0 -cf "$directory/pause.tar" pause
     push_rootfs pause 3 "$directory/pause.tar" --entrypoint /pause
     rm -rf "$directory"
@@ -38,9 +38,9 @@ make_python() { # make_python TAG SUITE
         --customize-hook='for name in python python3; do
             ln -s /usr/bin/python3 "$1/usr/local/bin/$name"; done
             ln -s /usr/bin/pip3 "$1/usr/local/bin/pip"' \
-        --customize-hook='rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/usr/share/doc/*' \
+        --customize-hook='cd "$1"; rm -rf var/cache/apt/* var/lib/apt/lists/* usr/share/doc/*' \
         "$2" "$archive" >>"$RUN/logs/mmdebstrap.log" 2>&1 ||
-        die "mmdebstrap failed (is Debian's archive reachable?): $(tail -n3 "$RUN/logs/mmdebstrap.log")"
+        die "mmdebstrap failed; Debian's archive must be reachable; see $RUN/logs/mmdebstrap.log"
     push_rootfs library/python "$1" "$archive" --cmd python3 --env PIP_BREAK_SYSTEM_PACKAGES=1
     rm -f "$archive"
 }
@@ -59,8 +59,8 @@ ctr_k8s() { ctr -a "$RUN/containerd/containerd.sock" -n k8s.io "$@"; }
 # pull_images brings the images to the node. Unpacked at a test's first pod, they would take seconds
 # of its time; later tests would find them there.
 pull_images() {
-    local name
-    for name in "$REGISTRY/pause:3" docker.io/library/{python:3.11-slim,python:3.13-slim,nopython:1}; do
+    local name library=docker.io/library
+    for name in "$REGISTRY/pause:3" $library/{python:3.11-slim,python:3.13-slim,nopython:1}; do
         if [ -z "$(ctr_k8s images ls -q "name==$name")" ]; then
             ctr_k8s images pull --hosts-dir "$RUN/hosts" "$name"
         fi

@@ -5,36 +5,21 @@
 
 CHAINS='(KUBE|CNI)-[A-Z0-9a-z-]+'
 
-# our_processes prints the pids of the parts and of all pods, whoever is their parent.
+# our_processes prints the pids of the parts and of all pods, whoever is their parent. It asks for
+# all processes at once: one by one would take seconds on a busy machine.
 our_processes() {
-    local directory pid program arguments
-    for directory in /proc/[0-9]*; do
-        pid=${directory#/proc/}
-        if [ "$pid" = $$ ] || [ -z "$(started_at "$pid")" ]; then continue; fi
-        program=$(readlink "$directory/exe" 2>/dev/null) || continue
-        case ${program##*/} in
-        kubenode-* | weed* | kwok) # kubectl is the caller's: it is the same binary, and ends by itself
-            if [[ $program == "$DIR/"* && $(argument_zero "$pid") != *kubectl ]]; then
-                echo "$pid"
-                continue
-            fi
-            ;;
-        containerd* | docker-registry | runc)
-            arguments=$(tr '\0' ' ' <"$directory/cmdline" 2>/dev/null) || continue
-            if [[ $arguments == *"$RUN/"* ]]; then
-                echo "$pid"
-                continue
-            fi
-            ;;
-        esac
-        if grep -q ':/kubepods' "$directory/cgroup" 2>/dev/null; then echo "$pid"; fi
-    done
+    { # each may find nothing, or lose a process that ends meanwhile, which is no error
+        find /proc/[0-9]*/exe -maxdepth 0 -lname "$DIR/*" 2>/dev/null || true
+        debian_programs_in_our_directory || true
+        grep -ls ':/kubepods' /proc/[0-9]*/cgroup || true
+    } | cut -d/ -f3 | sort -un
 }
 
-argument_zero() { # argument_zero PID
-    local first=
-    { IFS= read -r -d '' first <"/proc/$1/cmdline"; } 2>/dev/null || true
-    echo "$first"
+debian_programs_in_our_directory() {
+    grep -lsaF "$RUN/" /proc/[0-9]*/cmdline | sed 's/cmdline$/exe/' |
+        while read -r program; do
+            find "$program" -maxdepth 0 -printf '%p %l\n' 2>/dev/null || true
+        done | grep -E '/(containerd[a-z0-9-]*|docker-registry|runc)( \(deleted\))?$'
 }
 
 our_mounts() { awk -v below="$RUN/" 'index($2, below) == 1 {print $2}' /proc/mounts | sort -r; }
@@ -58,9 +43,11 @@ our_rules() {
     done
 }
 
-our_cgroups() { find /sys/fs/cgroup -depth -type d \( -path '*/kubepods' -o -path '*/kubepods/*' \) 2>/dev/null; }
+our_cgroups() {
+    find /sys/fs/cgroup -depth -type d \( -path '*/kubepods' -o -path '*/kubepods/*' \) 2>/dev/null
+}
 
-# our_sockets prints the sockets that containerd's shims have left: they do not ask where to put them.
+# our_sockets prints the sockets that containerd's shims have left; their place cannot be chosen.
 our_sockets() {
     local socket
     for socket in /run/containerd/s/*; do
@@ -108,8 +95,10 @@ remove_rules() { # remove_rules iptables|ip6tables
         while read -r rule; do
             mapfile -t words < <(unquote <<<"${rule/#-A/-D}")
             "$1" -w -t "$table" "${words[@]}" 2>/dev/null || true
-        done < <("$1" -w -t "$table" -S 2>/dev/null | grep -E -- "^-A .*$CHAINS" | grep -vE -- "^-A $CHAINS")
-        mapfile -t words < <("$1" -w -t "$table" -S 2>/dev/null | sed -nE "s/^-N ($CHAINS)\$/\1/p")
+        done < <("$1" -w -t "$table" -S 2>/dev/null |
+            grep -E -- "^-A .*$CHAINS" | grep -vE -- "^-A $CHAINS")
+        mapfile -t words < <("$1" -w -t "$table" -S 2>/dev/null |
+            sed -nE "s/^-N ($CHAINS)\$/\1/p")
         for chain in "${words[@]}"; do "$1" -w -t "$table" -F "$chain" 2>/dev/null || true; done
         for chain in "${words[@]}"; do "$1" -w -t "$table" -X "$chain" 2>/dev/null || true; done
     done

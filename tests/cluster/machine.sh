@@ -9,7 +9,7 @@ PACKAGES=(
 )
 
 need_root() {
-    [ "$(id -u)" = 0 ] || die "needs root, for containers and the pods' network: sudo scripts/cluster"
+    [ "$(id -u)" = 0 ] || die "needs root, for containers and pods' network: sudo scripts/cluster"
 }
 
 # need_machine says everything that is missing at once, before anything is changed.
@@ -46,7 +46,8 @@ go_is_new_enough() {
 
 missing_packages() {
     local installed package missing=()
-    installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' 2>/dev/null | sed -n 's/^installed //p')
+    installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' 2>/dev/null |
+        sed -n 's/^installed //p')
     for package in "${PACKAGES[@]}"; do
         grep -qx "$package" <<<"$installed" || missing+=("$package")
     done
@@ -81,7 +82,7 @@ need_binary() {
     binary=$(binary_path)
     mkdir -p "$DIR/bin"
     if [ ! -x "$binary" ]; then
-        say "building Kubernetes $KUBERNETES_VERSION from Go modules (6 to 8 minutes on 2 cores, once)"
+        say "building Kubernetes $KUBERNETES_VERSION from Go modules (6 to 8 minutes, once)"
         (
             cd "$sources/node"
             CGO_ENABLED=0 go build -trimpath -o "$binary.new" -ldflags "-s -w \
@@ -90,7 +91,7 @@ need_binary() {
         ) || die "the build failed; the Go module proxy must be reachable (GOPROXY)"
         mv "$binary.new" "$binary" # whole or not at all, if the build is interrupted
     fi
-    for part in etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl; do
+    for part in etcd kubectl kubelet kube-{apiserver,controller-manager,scheduler,proxy}; do
         ln -sfn "${binary##*/}" "$DIR/bin/$part"
     done
 }

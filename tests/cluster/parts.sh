@@ -60,7 +60,8 @@ start_part() { # start_part PART
     etcd) # its data does not outlive the cluster: no fsync
         run_in_background etcd "$bin/etcd" --data-dir "$RUN/etcd" --unsafe-no-fsync \
             --quota-backend-bytes 4294967296 \
-            --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \
+            --listen-client-urls http://127.0.0.1:2379 \
+            --advertise-client-urls http://127.0.0.1:2379 \
             --listen-peer-urls http://127.0.0.1:2380
         ;;
     containerd) run_in_background containerd containerd -c "$RUN/containerd.toml" ;;
@@ -155,7 +156,9 @@ wait_for() { # wait_for SECONDS WHAT COMMAND...
     local limit=$1 what=$2 begin=$SECONDS told=no
     shift 2
     until "$@" >/dev/null 2>&1; do
-        if ((SECONDS - begin >= limit)); then die "$what is not ready after $limit s; see $RUN/logs"; fi
+        if ((SECONDS - begin >= limit)); then
+            die "$what is not ready after $limit s; see $RUN/logs"
+        fi
         if ((SECONDS - begin >= 2)) && [ "$told" = no ]; then
             say "waiting for $what (at most $limit s)"
             told=yes

@@ -21,8 +21,8 @@ node_ip() {
         awk '$2 !~ /^(cni|docker|veth|br-)/ {split($4, a, "/"); print a[1]; exit}'
 }
 
-# The node's address is in certificates and in etcd: another one (a laptop that moved) needs a new
-# cluster.
+# forget_if_address_changed: the node's address is in certificates and in etcd; with another one (a
+# laptop that moved) a new cluster is needed.
 forget_if_address_changed() {
     [ -n "$(node_ip)" ] || die "no IPv4 address but loopback: the node needs one (ip address)"
     if [ -f "$RUN/node_ip" ] && [ "$(cat "$RUN/node_ip")" != "$(node_ip)" ]; then
@@ -62,7 +62,8 @@ write_certificates() {
     names+=",IP:127.0.0.1,IP:$(node_ip),IP:$GATEWAY,IP:${SERVICES%.0/*}.1"
     (
         umask 077
-        openssl req -x509 -newkey rsa:2048 -nodes -keyout "$pki/ca.key" -out "$pki/ca.crt" -days 3650 \
+        openssl req -x509 -newkey rsa:2048 -nodes -days 3650 \
+            -keyout "$pki/ca.key" -out "$pki/ca.crt" \
             -subj /CN=asyncrt-test -addext keyUsage=critical,keyCertSign,cRLSign
         sign_certificate apiserver /CN=kube-apiserver "$names"
         sign_certificate admin /O=system:masters/CN=admin "$names"
@@ -110,8 +111,8 @@ JSON
 }
 
 # containerd: hosts/docker.io makes python:3.11-slim resolve to library/python of our registry.
-# Where CAP_SYS_RESOURCE is missing, a negative oom_score_adj would fail every pod. Network namespaces
-# are mounted below our directory, so that `down` knows them as ours.
+# Where CAP_SYS_RESOURCE is missing, a negative oom_score_adj would fail every pod. Network
+# namespaces are mounted below our directory, so that `down` knows them as ours.
 write_containerd_settings() {
     cat >"$RUN/containerd.toml" <<TOML
 version = 2

@@ -4,7 +4,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
+# pytest finds fixtures here by their names.
+from cluster_fixtures import make_namespace, own_node, real_cluster
 from clusters import Cluster, open_cluster
+
+__all__ = ["anyio_backend", "cluster", "make_namespace", "own_node", "real_cluster"]
 
 
 @pytest.fixture

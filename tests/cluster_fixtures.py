@@ -28,7 +28,7 @@ __all__ = [
     "NodeControls",
     "RefusedError",
     "TestNamespace",
-    "cluster",
+    "real_cluster",
     "make_namespace",
     "own_node",
 ]

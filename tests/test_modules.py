@@ -346,7 +346,7 @@ async def test_exclude_modules_leaves_out(project: Project, load: Import) -> Non
             await executor.map(ask, [1], exclude_modules=["whole.part", "whole.extra"])
         assert caught.value.module == "whole"
         assert "cannot be loaded here: ModuleNotFoundError" in str(caught.value)
-        assert "send it with include_modules=['whole']" in str(caught.value)
+        assert "exclude_modules names 'whole'" in str(caught.value)
 
 
 async def test_a_circular_import_is_no_matter_unless_it_fails(

@@ -190,6 +190,30 @@ def test_a_copy_whose_worker_is_lost_leaves_the_call_to_the_other(lost: str) -> 
     assert isinstance(requeued, Requeued)  # the loss of the last copy counts
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_each_attempt_has_one_copy_at_most(attempts: int) -> None:
+    backups = Backups(quantile=0.5, max_share=1.0)
+    dispatcher, run, (first, second) = make("a", "b", calls=2, backups=backups, attempts=attempts)
+    end(dispatcher, second)
+    chunk, runs, now = first, 1, 0.0
+    for _ in range(20):
+        actions = dispatcher.started(chunk, 0, at=now, now=now)
+        now += 100.0
+        actions += dispatcher.tick(now=now)
+        for copy in sent(actions):
+            runs += 1
+            assert end(dispatcher, chunk, error=ValueError(), now=now)
+            chunk = copy
+        if not sent(actions):
+            final = end(dispatcher, chunk, error=ValueError(), now=now)
+            if isinstance(final[0], Failed):
+                break
+            (chunk,) = sent(dispatcher.tick(now=now + 50.0))
+            runs += 1
+    assert runs == 2 * attempts
+    assert not run.copies
+
+
 def test_a_copy_that_its_worker_gives_back_is_dropped() -> None:
     dispatcher, run, _, copy = make_copy()
     actions = dispatcher.revoked(copy, 0, 1, now=3.1)

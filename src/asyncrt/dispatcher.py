@@ -527,15 +527,15 @@ class Dispatcher:
                 if chunk.running < 0 or chunk.settled[chunk.running]:
                     continue
                 index = chunk.indexes[chunk.running]
-                if index in run.copies:
-                    continue
+                tried = run.failures.get(index, 0) + run.losses.get(index, 0)
+                if index in run.copies or run.copied.get(index, 0) > tried:
+                    continue  # one for each attempt: a call that always fails is no straggler
                 if now < chunk.since + threshold:
                     due = chunk.since + threshold
                     self._copy_at = due if self._copy_at is None else min(due, self._copy_at)
                 elif (worker := self._worker_for_copy(chunk)) is not None:
                     copied = run.copied[index] = run.copied.get(index, 0) + 1
                     run.stragglers.copies += 1
-                    tried = run.failures.get(index, 0) + run.losses.get(index, 0)
                     copy = self._make_chunk(run, (index,), tried + copied + 1, worker)
                     run.copies[index] = chunk, copy
                     actions.append(Send(copy))

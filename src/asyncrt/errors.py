@@ -99,6 +99,12 @@ class NestedExecutorError(AsyncrtError, RuntimeError):
     """
 
 
+INSTEAD_OF_NESTING = (
+    "a call that waits for other calls holds a worker while it does; return what is to be done and "
+    "map over it at the client, or use map_reduce"
+)
+
+
 class ProtocolError(AsyncrtError):
     """The peer broke the wire format. The connection is closed, the calls go on elsewhere."""
 

@@ -234,12 +234,13 @@ def _is_by_value(fn: types.FunctionType) -> bool:
     return home == "__main__" or home not in sys.modules or "<locals>" in fn.__qualname__
 
 
-def explain_import(error: Exception, travelled: Sequence[Unit]) -> str:
+def explain_import(error: Exception, travelled: Sequence[Unit], excluded: Sequence[str]) -> str:
     """Return what to do about an import that failed in a worker; empty if there is nothing to say.
 
     Args:
         error: What a call raised, or why its function could not be loaded.
         travelled: The units that the function had there.
+        excluded: What ``exclude_modules`` names.
     """
     if isinstance(error, SerializationError):
         module = error.module
@@ -252,11 +253,19 @@ def explain_import(error: Exception, travelled: Sequence[Unit]) -> str:
             "modules import each other: move what both need into a third module, "
             "or import inside the function that needs it"
         )
+    for name in excluded:
+        if module == name or module.startswith(f"{name}."):
+            return f"{module!r} did not travel with the function: exclude_modules names {name!r}"
     top = module.partition(".")[0]
     if not top or any(unit.name.partition(".")[0] == top for unit in travelled):
         return ""
-    if top not in sys.modules and PathFinder.find_spec(top) is None:
-        return ""
+    if PathFinder.find_spec(top) is None:
+        if top not in sys.modules:
+            return ""
+        return (
+            f"{top!r} has no file here that could travel: write it to one, or define in __main__ "
+            "what the function needs"
+        )
     return (
         f"{top!r} is here but did not travel with the function: "
         f"send it with include_modules=[{top!r}], or install it where the workers run"

@@ -96,7 +96,8 @@ class Backups:
 
     The first copy that answers wins, the other one is killed. So the function may run twice at the
     same time: what it does outside (writes, requests) must bear that. A copy that fails or is lost
-    while the other one runs is forgotten, not counted by ``Retry``.
+    while the other one runs is forgotten, not counted by ``Retry``: the other one tells how the
+    attempt ends. Each attempt of a call has one copy at most.
 
     Example:
         async with asyncrt.Executor(backups=asyncrt.Backups(multiplier=2)) as executor:

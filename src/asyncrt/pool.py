@@ -467,7 +467,7 @@ class WorkerPool:
         if run is not None:
             for position, (error, trace) in errors.items():
                 index = chunk.indexes[position]
-                explain(error, run.function.modules)
+                explain(error, run.function.modules, run.settings.exclude_modules)
                 annotate(error, trace, run.logs.of(index), facts_of(chunk, position, link.name))
         news, actions = self._dispatcher.finished(
             chunk,

@@ -161,13 +161,14 @@ def annotate(error: Exception, trace: str, printed: str, facts: dict[str, Any]) 
         BaseException.add_note(error, "\n".join(lines))
 
 
-def explain(error: Exception, modules: Sequence[Unit]) -> None:
+def explain(error: Exception, modules: Sequence[Unit], excluded: Sequence[str]) -> None:
     """Say in an error of an import what to do, if that is known.
 
     Args:
         modules: What travelled with the function.
+        excluded: What ``exclude_modules`` names.
     """
-    hint = explain_import(error, modules)
+    hint = explain_import(error, modules, excluded)
     if hint and isinstance(error, SerializationError):
         error.args = (f"{error}; {hint}",)
     elif hint:

@@ -25,11 +25,11 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Executor as _StandardExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar, Unpack, overload
+from typing import Any, Literal, NoReturn, TypeVar, Unpack, overload
 
 from asyncrt.checks import check_count
 from asyncrt.config import Config, load_config
-from asyncrt.errors import ConfigError
+from asyncrt.errors import INSTEAD_OF_NESTING, ConfigError, NestedExecutorError
 from asyncrt.executor import Executor as AsyncExecutor
 from asyncrt.executor import check_reduction
 from asyncrt.host import choose_backend
@@ -430,6 +430,9 @@ class Executor(_StandardExecutor):
         if self._closed:
             core.close()
         return core, Profile(settings)
+
+    def __reduce__(self) -> NoReturn:
+        raise NestedExecutorError(f"an executor cannot travel to a worker: {INSTEAD_OF_NESTING}")
 
     # -- the end ----------------------------------------------------------------------------------
 

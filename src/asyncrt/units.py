@@ -161,18 +161,21 @@ def _check_size(files: list[_File], limit_bytes: int) -> None:
     if total <= limit_bytes:
         return
     largest = sorted(files, key=lambda file: -file.size_bytes)[:_SHOWN_FILES]
-    shown = ", ".join(f"{file.path} ({_mebibytes(file.size_bytes)})" for file in largest)
+    shown = ", ".join(f"{file.path} ({_size(file.size_bytes)})" for file in largest)
     raise ModulesError(
-        f"the local modules hold {_mebibytes(total)} in {len(files)} files, more than "
-        f"modules_limit={_mebibytes(limit_bytes)}; the largest are {shown}. Move data out of the "
+        f"the local modules hold {_size(total)} in {len(files)} files, more than "
+        f"modules_limit={_size(limit_bytes)}; the largest are {shown}. Move data out of the "
         "package, leave modules out with exclude_modules=[...], or raise modules_limit",
         paths=tuple(file.path for file in largest),
         limit_bytes=limit_bytes,
     )
 
 
-def _mebibytes(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"
+def _size(size_bytes: int) -> str:
+    for unit, name in ((2**20, "MiB"), (2**10, "KiB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes} bytes"
 
 
 def _unreadable(name: str, error: OSError) -> ModulesError:

@@ -426,7 +426,7 @@ class Executor(_StandardExecutor):
         choose_backend(settings.pool)
         core = Core(config, self._options)
         # At exit, calls are dealt with while workers can still be started. See ``synccore``.
-        weakref.finalize(self, core.drop).atexit = False
+        weakref.finalize(self, core.close).atexit = False
         if self._closed:
             core.close()
         return core, Profile(settings)

@@ -84,7 +84,6 @@ class Core:
         self._thread: threading.Thread | None = None
         self._stop = asyncio.Event()
         self._closed = False
-        self.dropped = False
         self._ended = False
         self._broken: dict[tuple[Any, ...] | None, BaseException] = {}
         self._submitted: dict[tuple[str, int], SubmitJob] = {}
@@ -182,11 +181,6 @@ class Core:
         if cancel_pending:
             self.post(self._cancel_pending)
         self.post(self._stop.set)
-
-    def drop(self) -> None:
-        """Close, since nobody holds the executor any more."""
-        self.dropped = True
-        self.close()
 
     def abort(self) -> int:
         """Close, kill what runs; return how many calls were given up. Does not wait."""
@@ -444,7 +438,7 @@ def _at_exit() -> None:
     _exiting = True
     pid = os.getpid()
     cores = [core for core in tuple(_live) if core.pid == pid]
-    unclosed = [core for core in cores if core.dropped or not core.closed]
+    unclosed = [core for core in cores if not core.closed]
     calls = sum(core.abort() for core in unclosed)
     if calls:
         logger.warning(

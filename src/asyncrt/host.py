@@ -110,7 +110,7 @@ class Host:
         if pool is None:
             pool = self._pools[settings.shape()] = WorkerPool(settings, backend, token=self._token)
             self._group.start_soon(pool.run)
-        else:
+        elif pool.settings is not settings:
             check_shared(pool.settings, settings)
         return pool
 

@@ -8,6 +8,7 @@ the environment.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -370,6 +371,10 @@ class PoolSettings:
 
     def shape(self) -> tuple[Any, ...]:
         """Return what must be equal for two executors to share workers."""
+        return self._shape
+
+    @functools.cached_property
+    def _shape(self) -> tuple[Any, ...]:
         env = tuple(sorted(self.env.items()))
         backend = self.backend if isinstance(self.backend, str) else id(self.backend)
         resources = (self.cpu_millicores, self.memory_bytes, self.slots, self.recycle_memory_bytes)

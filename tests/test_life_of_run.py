@@ -506,6 +506,17 @@ async def test_a_view_of_shared_workers_cannot_change_their_pool(option: str, va
             other.submit(square, 2)
 
 
+async def test_a_call_cannot_open_an_executor(executor: Executor) -> None:
+    async def nested() -> int:
+        import asyncrt
+
+        async with asyncrt.Executor() as inner:
+            return await inner.submit(abs, -1)
+
+    with pytest.raises(NestedExecutorError, match=r"call 0 of run .* cannot open an executor"):
+        await executor.submit(nested)
+
+
 async def test_an_executor_cannot_travel(executor: Executor) -> None:
     with pytest.raises(SerializationError, match=r"'executor'.*return what is to be done") as error:
         executor.submit(lambda: executor.submit(abs, -1))

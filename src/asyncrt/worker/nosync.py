@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from asyncrt.errors import AsyncrtError
+from asyncrt.errors import INSTEAD_OF_NESTING, AsyncrtError, NestedExecutorError
 
 
 class BrokenExecutorError(AsyncrtError, RuntimeError):
@@ -20,10 +20,7 @@ class Executor:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         del args, kwargs
-        raise ImportError(
-            "asyncrt.sync belongs to the client, which is not installed in this image: only errors "
-            "and current_call can be used inside a call"
-        )
+        raise NestedExecutorError(f"a call cannot open an executor: {INSTEAD_OF_NESTING}")
 
 
 class Future(Executor):

@@ -198,7 +198,7 @@ class WorkerPool:
         assert feed is not None
         try:
             await feed.run()
-        except asyncio.CancelledError as error:
+        except asyncio.CancelledError as error:  # noqa: ASYNC103 - told below, unless the pool is closed
             if anyio.current_effective_deadline() == -math.inf:  # the pool is closed
                 raise
             # The input's own: it awaited something that was cancelled.

@@ -90,7 +90,7 @@ def _load_part(
         elif outcome == Outcome.SUCCESS:
             try:
                 value = decode(body, begin, end)
-            except BaseException as error:  # noqa: BLE001 - loading runs the user's own code
+            except BaseException as error:  # noqa: ASYNC103, BLE001 - loading runs the user's own code
                 errors[position] = _unloadable(error, facts_of(chunk, position, worker)), ""
         elif outcome == Outcome.RAISED:
             facts = facts_of(chunk, position, worker)
@@ -183,7 +183,7 @@ def _load_result(packed: memoryview, facts: dict[str, Any]) -> Any:
     try:
         return _load(packed)
     except BaseException as error:
-        raise _unloadable(error, facts) from error
+        raise _unloadable(error, facts) from error  # noqa: ASYNC104 - of user code
 
 
 def _unloadable(error: BaseException, facts: dict[str, Any]) -> SerializationError:

@@ -148,7 +148,7 @@ def pack_function(
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise explain_unpicklable(fn, label_of(fn), error, fixed=fixed) from error
+        raise explain_unpicklable(fn, label_of(fn), error, fixed=fixed) from error  # noqa: ASYNC104 - of user code
     digest = hashlib.blake2b(digest_size=16)
     for segment in segments:
         digest.update(segment)
@@ -172,7 +172,7 @@ def pack_arguments(arguments: Any, base: int) -> list[Buffer]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise explain_unpicklable(arguments, "argument", error) from error
+        raise explain_unpicklable(arguments, "argument", error) from error  # noqa: ASYNC104 - of user code
     segments.insert(0, LENGTH.pack(byte_length(segments)))
     return segments
 
@@ -193,8 +193,8 @@ def text_of(error: BaseException) -> str:
     """Return what an exception says; its own ``__str__`` may raise anything."""
     try:
         return str(error)
-    except BaseException as second:  # noqa: BLE001 - the user's own __str__
-        return f"<str() raised {type(second).__qualname__}>"
+    except BaseException as second:  # noqa: ASYNC103, BLE001 - the user's own __str__
+        return f"<str() raised {type(second).__qualname__}>"  # noqa: ASYNC104 - of user code
 
 
 def _find_culprits(value: Any, path: str, depth: int, end: float) -> Iterator[tuple[str, Any]]:
@@ -207,7 +207,7 @@ def _find_culprits(value: Any, path: str, depth: int, end: float) -> Iterator[tu
         cloudpickle.dumps(value)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # noqa: BLE001 - any object's own reduction may raise anything
+    except BaseException:  # noqa: ASYNC103, BLE001 - any object's own reduction may raise anything
         inner: Iterator[tuple[str, Any]] = iter(())
         if depth < _MAX_DEPTH and time.monotonic() < end:
             parts = itertools.islice(_parts(value, path), _MAX_ITEMS)
@@ -215,7 +215,7 @@ def _find_culprits(value: Any, path: str, depth: int, end: float) -> Iterator[tu
                 _find_culprits(part, part_path, depth + 1, end) for part_path, part in parts
             )
         found = next(inner, None)
-        yield found if found is not None else (path, value)
+        yield found if found is not None else (path, value)  # noqa: ASYNC104 - of user code
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -267,7 +267,7 @@ def load_error(
     if packed:
         try:
             error = load(packed)
-        except BaseException as failure:  # noqa: BLE001 - the exception's own constructor may raise
+        except BaseException as failure:  # noqa: ASYNC103, BLE001 - the exception's own constructor may raise
             reason = f"{type(failure).__qualname__}: {text_of(failure)}"
         else:
             if isinstance(error, CallError):

@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import asyncrt
@@ -228,19 +227,20 @@ def slow_at_first(number: int) -> int:
     return number + call.attempt
 
 
-def die_at_first(argument: tuple[int, str]) -> int:
-    """Be slow in the first attempt of call 5, and die when there is a second one."""
-    number, directory = argument
-    call = asyncrt.current_call()
-    if call.index != 5:
-        return number
-    if call.attempt == 1:
-        while not Path(directory, "copied").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    Path(directory, "copied").touch()
-    time.sleep(0.5)
-    return -number
+class DieAtFirst:
+    """Call 5 waits at the desk; its first attempt dies when it is released."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.port = desk.port
+
+    def __call__(self, number: int) -> int:
+        call = asyncrt.current_call()
+        if call.index != 5:
+            return number
+        wait_at(self.port, f"attempt {call.attempt}")
+        if call.attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return -number
 
 
 class Unloadable:

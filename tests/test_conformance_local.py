@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import carrying
 
 from asyncrt.backends.local import LocalBackend, LocalWorker
 from asyncrt.testing import BackendConformance, takes
@@ -50,14 +51,7 @@ class TestLocalBackend(BackendConformance):
         return [str(process) for process in alive] + files
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("CONFORMANCE_MARK") == self.mark:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        return carrying("CONFORMANCE_MARK", self.mark)
 
     def kill_one_worker(self) -> None:
         worker = self.backend.connected[0].inner

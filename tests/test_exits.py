@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from desk import Wait, kill_self_once, kill_server, open_desk, square
+from processes import carrying
 
 from asyncrt import Executor, Retry, Run
 from asyncrt.backends.local import LocalPool, LocalWorker
@@ -98,14 +99,7 @@ class Client:
 
     def family(self) -> list[psutil.Process]:
         """Return every process that carries this client's TMPDIR."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("TMPDIR") == str(self.directory):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return carrying("TMPDIR", str(self.directory))
 
     def cgroups(self) -> list[Path]:
         """Return cgroups that are named after one of this client's directories."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import die_at_first, slow_at_first
+from desk import DieAtFirst, open_desk, slow_at_first
 
 import asyncrt
 from asyncrt import Backups
@@ -121,29 +120,16 @@ def test_the_number_of_copies_is_bounded() -> None:
     assert len(sent(dispatcher.tick(now=99.0))) == 2
 
 
-def test_a_copy_goes_to_another_worker_if_one_is_free() -> None:
-    dispatcher = Dispatcher(draw=itertools.repeat(0.5))
+@pytest.mark.parametrize(("others", "place"), [(["b"], "b"), ([], "a")])
+def test_a_copy_goes_to_another_worker_if_one_is_free(others: list[str], place: str) -> None:
+    dispatcher, run, _ = make(calls=2)
     dispatcher.worker_joined("a", 2, now=0.0)
-    run = RunQueue("run", Retry(attempts=1), 1, False, stragglers=Stragglers(Backups(quantile=0.5)))
-    run.total = 2
-    dispatcher.add_run(run)
-    first, second = sent(dispatcher.offer(run, 2, now=0.0))
+    first, second = run.chunks.values()
     dispatcher.started(first, 0, at=0.0, now=0.1)
-    dispatcher.worker_joined("b", 1, now=0.0)
+    for name in others:
+        dispatcher.worker_joined(name, 1, now=0.0)
     end(dispatcher, second)
-    assert [copy.worker for copy in sent(dispatcher.tick(now=99.0))] == ["b"]
-
-
-def test_a_copy_goes_to_the_same_worker_if_only_that_has_a_free_slot() -> None:
-    dispatcher = Dispatcher(draw=itertools.repeat(0.5))
-    dispatcher.worker_joined("a", 2, now=0.0)
-    run = RunQueue("run", Retry(attempts=1), 1, False, stragglers=Stragglers(Backups(quantile=0.5)))
-    run.total = 2
-    dispatcher.add_run(run)
-    first, second = sent(dispatcher.offer(run, 2, now=0.0))
-    dispatcher.started(first, 0, at=0.0, now=0.1)
-    end(dispatcher, second)
-    assert [copy.worker for copy in sent(dispatcher.tick(now=99.0))] == ["a"]
+    assert [copy.worker for copy in sent(dispatcher.tick(now=99.0))] == [place]
 
 
 # -- the first answer wins -------------------------------------------------------------------------
@@ -264,13 +250,21 @@ async def test_a_straggler_on_a_real_worker_is_overtaken_by_its_copy() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_crash_of_one_copy_does_not_end_the_call(tmp_path: Path) -> None:
-    inputs = [(number, str(tmp_path)) for number in range(8)]
-    async with asyncio.timeout(60), asyncrt.Executor(max_workers=2, backups=True) as executor:
-        run = executor.map(die_at_first, inputs)
+async def test_a_crash_of_one_copy_does_not_end_the_call() -> None:
+    async with (
+        asyncio.timeout(60),
+        open_desk() as desk,
+        asyncrt.Executor(max_workers=2, backups=True) as executor,
+    ):
+        run = executor.map(DieAtFirst(desk), range(8))
+        await desk.arrived("attempt 1", "attempt 2")
+        desk.release("attempt 1")
+        async for event in run.events():
+            if isinstance(event, CallCopyDropped):
+                assert isinstance(event.error, WorkerCrashedError)
+                break
+        desk.release("attempt 2")
         assert await run == [0, 1, 2, 3, 4, -5, 6, 7]
-        dropped = [event async for event in run.events() if isinstance(event, CallCopyDropped)]
-        assert isinstance(dropped[0].error, WorkerCrashedError)
 
 
 # -- bad options -----------------------------------------------------------------------------------

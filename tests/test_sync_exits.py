@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from desk import square, wait_at
+from processes import carrying
 from syncdesk import SyncDesk, open_sync_desk, until
 
 from asyncrt.errors import ExecutorClosedError
@@ -65,14 +66,7 @@ class Program:
 
     def family(self) -> list[psutil.Process]:
         """Return every process that carries this program's TMPDIR."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("TMPDIR") == str(self.directory):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return carrying("TMPDIR", str(self.directory))
 
 
 # -- the interpreter exits -------------------------------------------------------------------------

@@ -18,6 +18,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import anyio
+
+from asyncrt.errorgroups import innermost
 from asyncrt.errors import ExecutorClosedError, RunCancelledError, RunDeadlineError
 from asyncrt.executor import Executor
 from asyncrt.run import SUCCEEDED, Run
@@ -83,12 +86,12 @@ class Core:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stop = asyncio.Event()
+        self._cancel = asyncio.Event()
         self._closed = False
         self._ended = False
         self._broken: dict[tuple[Any, ...] | None, BaseException] = {}
         self._submitted: dict[tuple[str, int], SubmitJob] = {}
         self._sweeper: asyncio.TimerHandle | None = None
-        self._aborting: asyncio.Task[None] | None = None
 
     # -- from any thread --------------------------------------------------------------------------
 
@@ -186,7 +189,7 @@ class Core:
         """Close, kill what runs; return how many calls were given up. Does not wait."""
         self.close()
         calls = self._count()
-        self.post(self._abort)
+        self.post(self._cancel.set)
         return calls
 
     def join(self, timeout: float | None = None) -> None:
@@ -206,7 +209,7 @@ class Core:
                 runner.run(self._main())
         except BaseException as error:  # noqa: ASYNC103 - told to all who wait or come later
             logger.debug("the executor has failed", exc_info=error)
-            self._broken.setdefault(None, error)
+            self._broken.setdefault(None, innermost(error))
         with self._lock:
             self._closed = self._ended = True
             left = tuple(self._inbox)
@@ -228,9 +231,15 @@ class Core:
         self._take()
         for job in tuple(self.jobs):
             job.end_input()
-        await self._executor.aclose()
-        if self._aborting is not None:
-            await self._aborting
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._cancel_when_told, group.cancel_scope)
+            await self._executor.aclose()
+            group.cancel_scope.cancel()
+
+    async def _cancel_when_told(self, closing: anyio.CancelScope) -> None:
+        """Let the executor wait no longer: who closes it and is cancelled kills what runs."""
+        await self._cancel.wait()
+        closing.cancel()
 
     def _take(self) -> None:
         """Do what is in the inbox."""
@@ -318,11 +327,6 @@ class Core:
     def _cancel_pending(self) -> None:
         for job in tuple(self.jobs):
             job.cancel_pending()
-
-    def _abort(self) -> None:
-        if self._aborting is None:
-            loop = asyncio.get_running_loop()
-            self._aborting = loop.create_task(self._executor.aclose(cancel=True))
 
     def translate_call_error(self, error: BaseException) -> BaseException:
         """Return what users are told of a failed call: its error, unless the initializer raised."""

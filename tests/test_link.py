@@ -13,7 +13,7 @@ from raw_client import running_worker
 
 import asyncrt
 from asyncrt.errors import ProtocolError
-from asyncrt.pack import pack_worker
+from asyncrt.pack import worker_program
 from asyncrt.worker.protocol import Frame, Kind
 
 MIB = 1 << 20
@@ -60,7 +60,7 @@ def most_bytes_kept(frames: list[Frame]) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_client_that_does_not_read_makes_calls_that_print_wait(tmp_path: Path) -> None:
     program = tmp_path / "worker.pyz"
-    program.write_bytes(pack_worker())
+    program.write_bytes(worker_program())
     total = 64 * MIB
 
     def say(path: str) -> int:

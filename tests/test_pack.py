@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import asyncrt
-from asyncrt.pack import pack_worker
+from asyncrt.pack import pack_worker, worker_program
 from asyncrt.placeholder import Placeholder
 from asyncrt.worker.settings import WorkerSettings
 
@@ -65,6 +65,11 @@ def test_the_same_sources_give_the_same_bytes_in_every_process(program: Path) ->
     )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert again.stdout == program.read_bytes() == pack_worker()
+
+
+def test_executors_of_one_process_share_what_was_packed() -> None:
+    assert worker_program() == pack_worker()
+    assert worker_program() is worker_program()
 
 
 def test_nothing_in_it_tells_when_or_by_whom_it_was_made(program: Path) -> None:

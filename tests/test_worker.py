@@ -18,7 +18,7 @@ import pytest
 from raw_client import Gate, RawClient, RawWorker, pack_arguments, running_worker, wait_gone
 
 from asyncrt.errors import ProtocolError
-from asyncrt.pack import pack_worker
+from asyncrt.pack import worker_program
 from asyncrt.worker.protocol import HEAD, MORE, VERSION, Kind, encode_head
 
 MIB = 1 << 20
@@ -29,7 +29,7 @@ Start = Callable[..., AbstractContextManager[RawWorker]]
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("worker") / "worker.pyz"
-    path.write_bytes(pack_worker())
+    path.write_bytes(worker_program())
     return path
 
 

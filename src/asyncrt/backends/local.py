@@ -28,7 +28,7 @@ from asyncrt.backends.base import ByteStream, Receiver, WorkerExit
 from asyncrt.backends.cgroup import MemoryGroup, make_memory_group
 from asyncrt.errors import ConfigError, WorkerStartError
 from asyncrt.options import PoolSettings
-from asyncrt.pack import pack_worker
+from asyncrt.pack import worker_program
 from asyncrt.threads import run_in_thread
 from asyncrt.worker.modules import remove
 from asyncrt.worker.protocol import Buffer
@@ -73,7 +73,7 @@ class LocalBackend:
         program = directory / "worker.pyz"
         pool = LocalPool(settings, token, directory, program, self._spawn, self._sys_path)
         try:
-            await run_in_thread(lambda: program.write_bytes(pack_worker()))
+            await run_in_thread(lambda: program.write_bytes(worker_program()))
             yield pool
         finally:
             with anyio.CancelScope(shield=True):
